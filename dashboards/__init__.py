@@ -1,0 +1,1 @@
+"""Pages that people look at; they read runs and call the floors below."""

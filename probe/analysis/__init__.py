@@ -1,0 +1,1 @@
+"""Pure functions on recorded tensors: numbers in, numbers out."""

@@ -1,0 +1,72 @@
+"""Does each part do what its name says? Small causal experiments on the opened model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from probe.anatomy.resolve import Anatomy
+from probe.errors import AnatomyError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One experiment: its name, whether it held, and what was seen."""
+
+    name: str
+    held: bool
+    seen: str
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel, anatomy: Anatomy, token_ids: Tensor) -> tuple[Check, ...]:
+    """Runs the experiments on a short text prompt (`token_ids`: 1 x length).
+
+    - an identity patch of a middle layer changes nothing, bit for bit;
+    - a middle layer whose output is replaced by zeros changes the logits;
+    - the final norm and the unembedding turn the last layer's output into the logits.
+
+    Raises AnatomyError naming the first part that fails.
+    """
+    layers = model.get_submodule(anatomy.layers)
+    middle = layers[len(layers) // 2]
+    states: list[Tensor] = []
+
+    def keep(output: Tensor) -> Tensor:
+        states.append(output)
+        return output
+
+    clean = _logits(model, token_ids, layers[-1], keep)
+    same = _logits(model, token_ids, middle, lambda out: out.clone())
+    zeroed = _logits(model, token_ids, middle, torch.zeros_like)
+    norm, unembedding = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.unembedding)
+    lens = unembedding(norm(states[0]))
+    gap = (lens - clean).abs().max().item()
+    tolerance = 1e-4 if clean.dtype == torch.float32 else 0.1
+    checks = (
+        Check("identity", torch.equal(clean, same), f"{(clean - same).abs().max().item():.1e}"),
+        Check("felt", not torch.allclose(clean, zeroed), f"{(clean - zeroed).abs().max().item():.1e}"),
+        Check("lens", gap <= tolerance * max(1.0, clean.abs().max().item()), f"{gap:.1e}"),
+    )
+    for check in checks:
+        if not check.held:
+            raise AnatomyError(
+                f"{anatomy.model_type!r} fails the check {check.name!r} (difference {check.seen}): its parts are not where "
+                f"they seem to be, add a row for it to probe/anatomy/rows.py"
+            )
+    return checks
+
+
+def _logits(model: PreTrainedModel, token_ids: Tensor, layer: nn.Module, change: Any) -> Tensor:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        return model(input_ids=token_ids, use_cache=False).logits
+    finally:
+        handle.remove()

@@ -1,0 +1,148 @@
+"""Open a model from a folder, the hub, or memory: safetensors only, remote code only when asked for, errors by name."""
+
+import json
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import cached_file
+
+from probe.errors import LoadError
+
+
+def load_model(
+    source: str, dtype: torch.dtype | str, device_map: Any, trust_remote_code: bool, revision: str | None
+) -> nn.Module:
+    """The model at a local folder or hub id, in evaluation mode.
+
+    Raises LoadError for a folder with no config.json, with pickled weights only, with an unknown architecture, or
+    with weights that are not numbers.
+    """
+    folder = Path(source)
+    if folder.exists():
+        _inspect(folder, trust_remote_code)
+    elif source.startswith((".", "/", "~")):
+        raise LoadError(f"there is no model folder at {source}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        architecture = (
+            getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForImageTextToText
+        )
+        model = architecture.from_pretrained(
+            source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, revision=revision,
+            use_safetensors=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"{source} cannot be opened: {_first_sentence(error)}") from error
+    except Exception as error:  # safetensors raises its own class for a damaged file
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise LoadError(f"the weights in {source} are damaged: {_first_sentence(error)}") from error
+    _refuse_broken_weights(model, source)
+    return model.eval()
+
+
+def _inspect(folder: Path, trust_remote_code: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"{folder} has no config.json: a folder written by save_pretrained was expected")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise LoadError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    model_type = config.get("model_type", "")
+    if config.get("auto_map") and not trust_remote_code:
+        raise LoadError(
+            f"{folder} needs code that it brings along: read that code, then pass trust_remote_code=True (--trust-remote-code)"
+        )
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise LoadError(
+            f"transformers {transformers.__version__} does not know the architecture {model_type!r} of {folder}: "
+            f"a newer transformers or a model of a known architecture is needed"
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickled = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        raise LoadError(f"{folder} has {found}: weights are read from safetensors only (save_pretrained writes them)")
+
+
+def _refuse_broken_weights(model: nn.Module, source: str) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise LoadError(f"the weight {name} of {source} holds values that are not numbers: the file is damaged")
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0][:300]
+
+
+def load_processor(source: str, trust_remote_code: bool, revision: str | None) -> Any:
+    """The processor at a folder or hub id; its tokenizer alone where the model is text-only.
+
+    transformers' video processors need torchvision. Where it is not installed, the processor is built from its picture
+    and text parts, and refuses videos.
+    """
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        return transformers.AutoProcessor.from_pretrained(source, **options)
+    except (ImportError, TypeError, ValueError, OSError, AttributeError) as error:
+        found = _without_video(source, options)
+        if found is None:
+            raise LoadError(f"the processor in {source} cannot be opened: {_first_sentence(error)}") from error
+        return found
+
+
+def _without_video(source: str, options: dict[str, Any]) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        name = tokenizer.init_kwargs.get("processor_class") or _processor_class(source)
+        processor_class = getattr(transformers, name or "", None)
+        if processor_class is None:
+            return None
+        images = transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options)
+    except (ImportError, TypeError, ValueError, OSError):
+        return None
+    template = getattr(tokenizer, "chat_template", None) or _chat_template(source)
+    known = set(signature(processor_class.__init__).parameters) - {
+        "chat_template",
+        "image_processor",
+        "tokenizer",
+        "video_processor",
+    }
+    settings = {key: value for key, value in _settings(source).items() if key in known}
+    return picture_only(processor_class)(images, tokenizer, None, chat_template=template, **settings)
+
+
+def picture_only(processor_class: Any) -> Any:
+    """The same processor class, content to have no video processor."""
+
+    def check(self: Any, argument: str, value: Any) -> Any:
+        if "video" in argument and value is None:
+            return type(None)
+        return processor_class.check_argument_for_proper_class(self, argument, value)
+
+    made = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check})
+    made.__module__ = processor_class.__module__
+    return made
+
+
+def _processor_class(source: str) -> str | None:
+    return _settings(source).get("processor_class")
+
+
+def _settings(source: str) -> dict[str, Any]:
+    """What the folder's own files say of its processor; the hub's cache is asked where the source is no folder."""
+    found: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path:
+            found |= json.loads(Path(path).read_text())
+    return found
+
+
+def _chat_template(source: str) -> str | None:
+    path = cached_file(source, "chat_template.jinja", _raise_exceptions_for_missing_entries=False)
+    return Path(path).read_text() if path else None

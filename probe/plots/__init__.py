@@ -1,0 +1,1 @@
+"""One figure for each analysis: matplotlib for the paper, plotly for the page."""

@@ -1,0 +1,290 @@
+"""What a trace can record. Each recorder is a small frozen description; the tensors come back with named dimensions."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from probe.attention import RowAttention
+from probe.edits import Group
+from probe.errors import EditError
+from probe.points import Layers, check_point
+from probe.tokens import SEGMENTS, TokenMap
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor and the names of its dimensions."""
+
+    tensor: Tensor
+    dims: tuple[str, ...]
+    labels: dict[str, tuple[Any, ...]]  # for dimensions whose entries have names: layers, groups
+
+    def __post_init__(self) -> None:
+        assert self.tensor.dim() == len(self.dims), (self.tensor.shape, self.dims)
+
+    def at(self, **where: Any) -> Tensor:
+        """The tensor at labels (or indices) of some dimensions, those dimensions dropped."""
+        index: list[Any] = [slice(None)] * len(self.dims)
+        for dim, label in where.items():
+            known = self.labels.get(dim)
+            index[self.dims.index(dim)] = known.index(label) if known is not None else label
+        return self.tensor[tuple(index)]
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Attention mass from groups of rows to groups of columns, per layer and head, with entropy and sink share.
+
+    Records `mass` (layer batch head row_group column_group), the mean over a group's rows; columns default to every
+    segment that the batch has, so that a row's masses sum to one. `entropy` (layer batch head row_group) is in nats.
+    `sink` (layer batch head row_group) is the mass on `sinks`: the first position by default (arXiv 2309.17453), or
+    positions of your own.
+    """
+
+    rows: tuple[str, ...] = ("question", "last")
+    columns: tuple[str, ...] | None = None
+    layers: Layers = None
+    sinks: Group | Literal["first"] = "first"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Attention rows: `rows` (layer batch head row key), for the last position or any group or positions.
+
+    Rows of shorter groups in a batch are padded with zeros at the end; `row_positions` (batch row) says which rows
+    they are, -1 for padding.
+    """
+
+    positions: Group = "last"
+    layers: Layers = None
+    heads: int | Iterable[int] | None = None
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Full attention patterns, `patterns` (layer batch head query key), for chosen layers and heads: N x N for each."""
+
+    layers: Layers
+    heads: int | Iterable[int] | None = None
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Activations at a point: `states` (layer batch position width), or reduced.
+
+    `positions` picks a group or positions (rows of shorter groups are zero-padded, as in `Rows`); `reduce="mean"` leaves
+    one vector (layer batch width). At the point z, width is (head dim).
+    """
+
+    point: str = "resid_post"
+    layers: Layers = None
+    positions: Group = "real"
+    reduce: Literal["mean"] | None = None
+
+    def __post_init__(self) -> None:
+        check_point(self.point)
+        if self.reduce not in (None, "mean"):
+            raise EditError(f"a residual recorder reduces by mean or not at all, not by {self.reduce!r}")
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The logit lens: what the unembedding makes of each layer's residual stream.
+
+    Records `top_ids` and `top_probs` (layer batch row top), and for `track` token ids (one tuple for each example)
+    their probability, logit and rank (layer batch row track). Layers are the outputs of the blocks, before any norm;
+    `norm="final"` is the standard lens, `"none"` the raw one that Cross-modal Information Flow's published code uses
+    below the last layer. With the final norm, the last layer's lens is the model's own output.
+    """
+
+    positions: Group = "last"
+    layers: Layers = None
+    top: int = 5
+    track: tuple[tuple[int, ...], ...] = ()
+    norm: Literal["final", "none"] = "final"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("final", "none"):
+            raise EditError(f"the lens takes the final norm or none, not {self.norm!r}")
+
+
+Recorder = Mass | Rows | Patterns | Residual | Lens
+
+
+def pad_positions(maps: tuple[TokenMap, ...], group: Group) -> Tensor:
+    """Positions of a group in each example (batch row), -1 where an example has fewer."""
+    picked = [torch.from_numpy(token_map.positions(group)) for token_map in maps]
+    return torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=-1)
+
+
+class MassCollector:
+    """Turns row attention into group masses, layer by layer."""
+
+    def __init__(self, recorder: Mass, maps: tuple[TokenMap, ...], device: torch.device) -> None:
+        self.groups = recorder.rows
+        self.columns = recorder.columns or tuple(name for name in SEGMENTS if any(name in m.segments for m in maps))
+        picked = [pad_positions(maps, group) for group in recorder.rows]
+        self.rows = _union(picked).to(device)
+        # batch group row: the share of each row in its group's mean
+        self.shares = torch.stack([_share(self.rows.cpu(), group) for group in picked], 1).to(device)
+        self.member = torch.stack([_one_hot(maps, column) for column in self.columns], -1).to(device)
+        sinks = [[token_map.first] if recorder.sinks == "first" else recorder.sinks for token_map in maps]
+        self.sink = torch.stack([_one_hot((m,), s)[0] for m, s in zip(maps, sinks, strict=True)]).to(device)
+        self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def take(self, layer: int, attention: RowAttention) -> None:
+        # The rows' own normalisation is folded into the group's mean, so that no probabilities are written out.
+        shares = self.shares[:, None] / attention.total.transpose(2, 3)
+        mean = shares @ attention.weight
+        mass = mean @ self.member[:, None]
+        sink = (mean * self.sink[:, None, None]).sum(-1)
+        entropy = (self.shares[:, None] @ attention.entropy[..., None])[..., 0]
+        self.found[layer] = (mass, entropy, sink)
+
+    def result(self) -> dict[str, Named]:
+        layers = tuple(sorted(self.found))
+        mass, entropy, sink = (torch.stack([self.found[i][part] for i in layers]).cpu() for part in range(3))
+        labels = {"layer": layers, "row_group": self.groups, "column_group": self.columns}
+        dims = ("layer", "batch", "head", "row_group")
+        return {
+            "mass": Named(mass, (*dims, "column_group"), labels),
+            "entropy": Named(entropy, dims, labels),
+            "sink": Named(sink, dims, labels),
+        }
+
+
+class RowCollector:
+    """Keeps chosen attention rows."""
+
+    def __init__(
+        self, recorder: Rows | Patterns, maps: tuple[TokenMap, ...], heads: list[int] | None, device: torch.device
+    ) -> None:
+        self.name = "rows" if isinstance(recorder, Rows) else "patterns"
+        group: Group = recorder.positions if isinstance(recorder, Rows) else range(len(maps[0]))
+        self.positions = pad_positions(maps, group)
+        self.rows = self.positions.clamp(min=0).to(device)
+        self.real = (self.positions >= 0).to(device)
+        self.heads = heads
+        self.found: dict[int, Tensor] = {}
+
+    def take(self, layer: int, attention: RowAttention) -> None:
+        probability = attention.probability * self.real[:, None, :, None]
+        self.found[layer] = (probability if self.heads is None else probability[:, self.heads]).cpu()
+
+    def result(self) -> dict[str, Named]:
+        layers = tuple(sorted(self.found))
+        labels: dict[str, tuple[Any, ...]] = {"layer": layers}
+        if self.heads is not None:
+            labels["head"] = tuple(self.heads)
+        stacked = torch.stack([self.found[i] for i in layers])
+        row = "row" if self.name == "rows" else "query"
+        made = {self.name: Named(stacked, ("layer", "batch", "head", row, "key"), labels)}
+        if self.name == "rows":
+            made["row_positions"] = Named(self.positions, ("batch", "row"), {})
+        return made
+
+
+class StateCollector:
+    """Keeps activations at a point, whole or reduced."""
+
+    def __init__(self, recorder: Residual, maps: tuple[TokenMap, ...], device: torch.device) -> None:
+        self.recorder = recorder
+        self.positions = pad_positions(maps, recorder.positions)
+        self.index = self.positions.clamp(min=0).to(device)
+        self.real = (self.positions >= 0).to(device)
+        self.found: dict[int, Tensor] = {}
+
+    def take(self, layer: int, state: Tensor) -> None:
+        """`state` is (batch position ...)."""
+        index, real = self.index.to(state.device), self.real.to(state.device)
+        batch = torch.arange(state.shape[0], device=state.device)[:, None]
+        picked = state[batch, index] * real.view(*real.shape, *([1] * (state.dim() - 2))).to(state.dtype)
+        if self.recorder.reduce == "mean":
+            count = real.sum(1).clamp(min=1).view(-1, *([1] * (picked.dim() - 2)))
+            self.found[layer] = (picked.float().sum(1) / count).cpu()
+        else:
+            self.found[layer] = picked.cpu()
+
+    def result(self) -> dict[str, Named]:
+        layers = tuple(sorted(self.found))
+        width = ("head", "dim") if self.recorder.point == "z" else ("width",)
+        stacked = torch.stack([self.found[i] for i in layers])
+        if self.recorder.reduce == "mean":
+            return {"states": Named(stacked, ("layer", "batch", *width), {"layer": layers})}
+        return {
+            "states": Named(stacked, ("layer", "batch", "position", *width), {"layer": layers}),
+            "state_positions": Named(self.positions, ("batch", "position"), {}),
+        }
+
+
+class LensCollector:
+    """Reads vocabulary distributions off the residual stream, a few rows at a time."""
+
+    def __init__(
+        self, recorder: Lens, maps: tuple[TokenMap, ...], read: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        self.recorder, self.read = recorder, read
+        self.positions = pad_positions(maps, recorder.positions)
+        self.index = self.positions.clamp(min=0).to(device)
+        self.track = None
+        if recorder.track:
+            if len(recorder.track) != len(maps) or len({len(ids) for ids in recorder.track}) != 1:
+                raise EditError(f"the lens tracks the same number of token ids for each of the {len(maps)} examples")
+            self.track = torch.tensor(recorder.track, device=device)
+        self.found: dict[int, dict[str, Tensor]] = {}
+
+    def take(self, layer: int, state: Tensor) -> None:
+        batch = torch.arange(state.shape[0], device=state.device)[:, None]
+        logits = self.read(state[batch, self.index.to(state.device)]).float()
+        log_total = logits.logsumexp(-1, keepdim=True)
+        values, ids = logits.topk(min(self.recorder.top, logits.shape[-1]), -1)
+        kept = {"top_ids": ids.cpu(), "top_probs": (values - log_total).exp().cpu()}
+        if self.track is not None:
+            wanted = self.track[:, None].expand(-1, logits.shape[1], -1).to(logits.device)
+            logit = logits.gather(-1, wanted)
+            kept["logit"] = logit.cpu()
+            kept["prob"] = (logit - log_total).exp().cpu()
+            kept["rank"] = (logits[..., None, :] > logit[..., None]).sum(-1).cpu()
+        self.found[layer] = kept
+
+    def result(self) -> dict[str, Named]:
+        layers = tuple(sorted(self.found))
+        last = {"top_ids": "top", "top_probs": "top", "logit": "track", "prob": "track", "rank": "track"}
+        return {
+            f"lens_{name}": Named(
+                torch.stack([self.found[i][name] for i in layers]), ("layer", "batch", "row", last[name]), {"layer": layers}
+            )
+            for name in self.found[layers[0]]
+        } | {"lens_positions": Named(self.positions, ("batch", "row"), {})}
+
+
+def _union(groups: list[Tensor]) -> Tensor:
+    """Row-wise union of padded positions, padded with the row's first entry (it has no share in any mean)."""
+    rows = [torch.unique(torch.cat([group[i] for group in groups])) for i in range(groups[0].shape[0])]
+    rows = [row[row >= 0] for row in rows]
+    width = max(1, *(len(row) for row in rows))
+    return torch.stack([torch.cat([row, row.new_full((width - len(row),), int(row[0]) if len(row) else 0)]) for row in rows])
+
+
+def _share(rows: Tensor, group: Tensor) -> Tensor:
+    """For each row of the union, 1 / size of the group where the row belongs to it (batch row)."""
+    hit = (rows[:, :, None] == group[:, None, :]).any(-1)
+    first = torch.zeros_like(hit)
+    for i in range(rows.shape[0]):  # a padded repeat of a row must not count twice
+        _, where = torch.unique(rows[i], return_inverse=True)
+        seen: set[int] = set()
+        for j, value in enumerate(where.tolist()):
+            first[i, j] = value not in seen
+            seen.add(value)
+    hit = hit & first
+    return hit.float() / hit.sum(1, keepdim=True).clamp(min=1)
+
+
+def _one_hot(maps: tuple[TokenMap, ...], group: Group) -> Tensor:
+    made = torch.zeros(len(maps), len(maps[0]))
+    for i, token_map in enumerate(maps):
+        made[i, token_map.positions(group)] = 1.0
+    return made

@@ -1,0 +1,272 @@
+"""trace(): one forward pass; what to record, what to edit."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.attention import Call, RowAttention, attend_rows, listening, mix_values
+from probe.edits import Ablate, Edit, Knockout, Patch
+from probe.errors import EditError
+from probe.example import Example
+from probe.points import head_list, hook, layer_list
+from probe.recorders import (
+    Lens,
+    LensCollector,
+    Mass,
+    MassCollector,
+    Named,
+    Patterns,
+    Recorder,
+    Residual,
+    RowCollector,
+    Rows,
+    StateCollector,
+    pad_positions,
+)
+from probe.subject import Encoded, Side, Subject
+
+AttentionCollector = MassCollector | RowCollector
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass recorded, each tensor with named dimensions, and the logits of each row's last position."""
+
+    encoded: Encoded
+    logits: Tensor  # batch vocabulary, float32
+    records: dict[str, Named]
+
+    def __getitem__(self, name: str) -> Named:
+        if name not in self.records:
+            raise EditError(f"this trace did not record {name!r} (it has {', '.join(self.records) or 'no records'})")
+        return self.records[name]
+
+
+def trace(
+    subject: Subject,
+    examples: Example | Sequence[Example] | Encoded,
+    record: Sequence[Recorder] = (),
+    edit: Sequence[Edit] = (),
+    padding: Side = "left",
+) -> Trace:
+    """One forward pass over a batch, recorded and edited; afterwards the model is as it was.
+
+    The logits come from the model's own attention kernel; only rows that a knock-out touches are recomputed. Two
+    recorders of one kind are told apart by a number (`states`, `states.1`, ...).
+
+    Raises EditError for a layer, head, point or group that the model does not have.
+    """
+    encoded = examples if isinstance(examples, Encoded) else subject.encode(examples, padding)
+    session = _Session(subject, encoded, record, edit)
+    with ExitStack() as stack:
+        if session.wants_attention:
+            stack.enter_context(listening(subject, session))
+        for handle in session.hooks(stack):
+            stack.callback(handle.remove)
+        logits = last_logits(subject, encoded)
+    return Trace(encoded, logits, session.results())
+
+
+@torch.no_grad()
+def last_logits(subject: Subject, encoded: Encoded) -> Tensor:
+    """Logits of each row's last position (batch vocabulary, float32); the unembedding runs on those positions only."""
+    last = encoded.last
+    options: dict[str, Any] = {"use_cache": False}
+    wanted, back = torch.unique(last, return_inverse=True)
+    selective = "logits_to_keep" in signature(subject.model.forward).parameters
+    if selective:
+        options["logits_to_keep"] = wanted.to(subject.device)
+    logits = subject.model(**encoded.inputs, **options).logits
+    return logits[torch.arange(len(encoded)), back if selective else last].float()
+
+
+class _Session:
+    """One pass: the recorders and edits, resolved against the batch."""
+
+    def __init__(self, subject: Subject, encoded: Encoded, record: Sequence[Recorder], edit: Sequence[Edit]) -> None:
+        self.subject, self.encoded = subject, encoded
+        self.collectors: list[tuple[str, Any]] = []
+        self.attention: dict[int, list[AttentionCollector]] = {}
+        self.states: dict[tuple[str, int], list[StateCollector | LensCollector]] = {}
+        self.cuts: dict[int, list[Cut]] = {}
+        self.changes: dict[tuple[str, int], list[Ablate | Patch]] = {}
+        for recorder in record:
+            self._add_recorder(recorder)
+        for one in edit:
+            self._add_edit(one)
+
+    def _add_recorder(self, recorder: Recorder) -> None:
+        subject, maps, device = self.subject, self.encoded.maps, self.subject.device
+        layers = layer_list(recorder.layers, subject.n_layers)
+        collector: Any
+        if isinstance(recorder, Residual):
+            collector = StateCollector(recorder, maps, device)
+            for layer in layers:
+                self.states.setdefault((recorder.point, layer), []).append(collector)
+        elif isinstance(recorder, Lens):
+            collector = LensCollector(recorder, maps, lens_reader(subject, recorder.norm), device)
+            for layer in layers:
+                self.states.setdefault(("resid_post", layer), []).append(collector)
+        else:
+            if isinstance(recorder, Mass):
+                collector = MassCollector(recorder, maps, device)
+            else:
+                collector = RowCollector(recorder, maps, head_list(recorder.heads, subject.n_heads), device)
+            for layer in self._with_attention(layers, asked=recorder.layers is not None):
+                self.attention.setdefault(layer, []).append(collector)
+        self.collectors.append((type(recorder).__name__, collector))
+
+    def _add_edit(self, edit: Edit) -> None:
+        if isinstance(edit, Knockout):
+            cut = resolve_cut(edit, self.encoded, self.subject)
+            for layer in self._with_attention(layer_list(edit.layers, self.subject.n_layers), asked=edit.layers is not None):
+                self.cuts.setdefault(layer, []).append(cut)
+        else:
+            layers = edit.layer if isinstance(edit, Patch) else edit.layers
+            for layer in layer_list(layers, self.subject.n_layers):
+                self.changes.setdefault((edit.point, layer), []).append(edit)
+
+    def _with_attention(self, layers: list[int], asked: bool) -> list[int]:
+        """Those of the layers that have softmax attention; a layer named on purpose that has none is refused."""
+        kept = [layer for layer in layers if self.subject.anatomy.attention[layer] is not None]
+        if asked and len(kept) < len(layers):
+            missing = next(layer for layer in layers if layer not in kept)
+            raise EditError(f"layer {missing} of this {self.subject.anatomy.family} model has no softmax attention")
+        return kept
+
+    @property
+    def wants_attention(self) -> bool:
+        return bool(self.attention or self.cuts or any(point == "z" for point, _ in (*self.states, *self.changes)))
+
+    def hooks(self, stack: ExitStack) -> list[Any]:
+        places = {place for place in (*self.states, *self.changes) if place[0] != "z"}
+        handles = []
+        for point, layer in sorted(places):
+            handle = hook(self.subject, point, layer, partial(self._visit, point, layer))
+            stack.callback(handle.remove)
+            handles.append(handle)
+        return handles
+
+    def _visit(self, point: str, layer: int, state: Tensor) -> Tensor | None:
+        """Edits first, then records: what is recorded is what the model goes on with."""
+        changes = self.changes.get((point, layer), ())
+        for change in changes:
+            state = apply_change(change, state, self.encoded)
+        for collector in self.states.get((point, layer), ()):
+            collector.take(layer, state.detach())
+        return state if changes else None
+
+    def attend(self, layer: int, call: Call) -> tuple[Tensor, Tensor | None]:
+        output, weights = call.run()
+        with torch.no_grad():
+            cuts = self.cuts.get(layer, [])
+            for collector in self.attention.get(layer, []):
+                collector.take(layer, self._rows(call, collector.rows.to(call.query.device), cuts))
+        if cuts:
+            rows = cut_rows(cuts).to(call.query.device)
+            read = mix_values(call, self._rows(call, rows, cuts)).transpose(1, 2)
+            output = output.scatter(1, rows[:, :, None, None].expand_as(read), read.to(output.dtype))
+        new = self._visit("z", layer, output)
+        return (output if new is None else new), weights
+
+    def _rows(self, call: Call, rows: Tensor, cuts: list["Cut"]) -> RowAttention:
+        visible, bias = call.visible(rows)
+        for cut in cuts:
+            visible = cut.apply(visible, rows, call.query.shape[1])
+        return attend_rows(call, rows, visible, bias)
+
+    def results(self) -> dict[str, Named]:
+        made: dict[str, Named] = {}
+        seen: dict[str, int] = {}
+        for kind, collector in self.collectors:
+            number = seen[kind] = seen.get(kind, -1) + 1
+            for name, named in collector.result().items():
+                made[name if number == 0 else f"{name}.{number}"] = named
+        return made
+
+
+def lens_reader(subject: Subject, norm: str) -> Any:
+    """Residual stream (... width) to logits (... vocabulary)."""
+    if norm == "none":
+        return subject.unembedding
+    return lambda state: subject.unembedding(subject.final_norm(state))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A knock-out resolved against a batch."""
+
+    rows: Tensor  # batch row, -1 where an example has fewer
+    columns: Tensor  # batch position, True where the rows may not look
+    heads: list[int] | None
+
+    def apply(self, visible: Tensor, rows: Tensor, n_heads: int) -> Tensor:
+        """`visible` (batch 1|head row key) without the cut edges."""
+        hit = (rows[:, :, None] == self.rows.to(rows.device)[:, None, :]).any(-1)  # batch row
+        cut = (hit[:, :, None] & self.columns.to(rows.device)[:, None, :])[:, None]
+        if self.heads is not None:
+            chosen = torch.zeros(n_heads, dtype=torch.bool, device=rows.device)
+            chosen[self.heads] = True
+            cut = cut & chosen[None, :, None, None]
+        return visible & ~cut
+
+
+def resolve_cut(edit: Knockout, encoded: Encoded, subject: Subject) -> Cut:
+    """The knock-out's rows and columns as positions of each example of the batch."""
+    columns = torch.zeros(len(encoded), len(encoded.maps[0]), dtype=torch.bool)
+    for i, token_map in enumerate(encoded.maps):
+        columns[i, token_map.positions(edit.columns)] = True
+    return Cut(pad_positions(encoded.maps, edit.rows), columns, head_list(edit.heads, subject.n_heads))
+
+
+def cut_rows(cuts: list[Cut]) -> Tensor:
+    """All rows that any of the cuts touches (batch row); shorter examples repeat their own rows, or row 0."""
+    merged = torch.cat([cut.rows for cut in cuts], 1)
+    fill = merged.max(1, keepdim=True).values.clamp(min=0)
+    merged = torch.where(merged < 0, fill, merged)
+    return merged[:, :1] if merged.shape[1] == 1 else torch.unique_consecutive(merged.sort(1).values, dim=1)
+
+
+def apply_change(change: Ablate | Patch, state: Tensor, encoded: Encoded) -> Tensor:
+    """`state` (batch position ...) with the chosen positions replaced."""
+    state = state.clone()
+    for i, token_map in enumerate(encoded.maps):
+        at = torch.from_numpy(token_map.positions(change.positions)).to(state.device)
+        if isinstance(change, Patch):
+            value = change.value.transpose(0, 1) if change.point == "z" else change.value
+            if state[i, at].shape != value.shape:
+                raise EditError(
+                    f"a patch at {change.point} of {len(at)} positions needs a tensor of shape {tuple(state[i, at].shape)}, "
+                    f"not {tuple(value.shape)}"
+                )
+            state[i, at] = value.to(state)
+        else:
+            state[i, at] = _ablated(change, state[i, at], i)
+    return state
+
+
+def _ablated(change: Ablate, picked: Tensor, row: int) -> Tensor:
+    if change.how == "zero":
+        new = torch.zeros_like(picked)
+    elif change.how == "mean":
+        mean = change.reference if change.reference is not None else picked.float().mean(0)
+        new = mean.to(picked).expand_as(picked)
+    else:
+        source = torch.Generator().manual_seed(change.seed + row)
+        noise = torch.randn(picked.shape, generator=source).to(picked)
+        new = picked + change.scale * picked.float().std().to(picked) * noise
+    if change.heads is None:
+        return new
+    heads = [change.heads] if isinstance(change.heads, int) else sorted(change.heads)
+    kept = picked.clone()
+    kept[:, heads] = new[:, heads]
+    return kept
+
+
+__all__ = ["Patterns", "Rows", "Trace", "trace"]

@@ -1,0 +1,1 @@
+"""Questions asked of a model: data, tasks, runs, the command line."""

@@ -1,0 +1,196 @@
+"""The `sightline` command. Heavy libraries are imported by the command that needs them, not before."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from probe.errors import SightlineError
+from studies.study import STUDIES
+
+app = typer.Typer(
+    name="sightline", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="See how a multimodal language model uses what it is shown.",
+)  # fmt: skip
+
+Model = Annotated[str, typer.Option("--model", "-m", help="demo, demo:NAME, a folder, or a hub id")]
+DataName = Annotated[str, typer.Option("--data", "-d", help="demo, demo:text, a .jsonl, or a folder that datasets saved")]
+Limit = Annotated[int | None, typer.Option("--limit", "-n", help="at most this many examples")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="the run's directory; asking again continues it")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; bfloat16 on a GPU, float32 on a CPU")]
+DeviceMap = Annotated[str | None, typer.Option(help="auto, to spread the model over devices with accelerate")]
+Json = Annotated[bool, typer.Option("--json", help="the last line of standard output is one JSON object")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model folder brings along")]
+Batch = Annotated[int, typer.Option(min=1, help="examples in a forward pass")]
+Columns = Annotated[list[str] | None, typer.Option("--columns", help="FIELD=COLUMN for datasets; repeat it")]
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """An error is one sentence on standard error and exit code 1; the traceback only with --debug."""
+    try:
+        yield
+    except SightlineError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"sightline: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("sightline: stopped; asking again with the same --out continues", err=True)
+        raise typer.Exit(1) from error
+
+
+def _say(result: Any, as_json: bool, text: Callable[[], str]) -> None:
+    typer.echo(json.dumps(result, default=str) if as_json else text())
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _load(model: str, device: str | None, dtype: str | None, device_map: str | None, trust: bool) -> Any:
+    _quiet_libraries()
+    import torch
+
+    from probe.errors import LoadError
+    from probe.subject import load
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in kinds:
+        raise LoadError(f"there is no dtype {dtype!r}: name {', '.join(kinds)}")
+    return load(model, kinds[dtype] if dtype else None, device, device_map, trust)
+
+
+@app.command()
+def demo(out: Out = None, limit: Limit = 128, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """The whole story on the bundled model: what it can do, and where what it sees reaches its answer."""
+    with _errors(debug):
+        _quiet_libraries()
+        from studies.story import tell
+
+        summary = tell(out, limit or 128, quiet, lambda text: typer.echo(text, err=as_json))
+        _say(summary, as_json, lambda: f"\nreport: {summary['report']}")
+
+
+@app.command()
+def models(as_json: Json = False, debug: Debug = False) -> None:
+    """Families, and what works on each, as the contract tests found it."""
+    with _errors(debug):
+        from probe.anatomy.support import support
+
+        table = support()
+
+        def text() -> str:
+            names = list(table[0]["capabilities"])
+            rows = [f"{'family':<18}{'model_type':<18}" + "".join(f"{name:<16}" for name in names)]
+            for row in table:
+                cells = "".join(f"{verdict.split(':')[0]:<16}" for verdict in row["capabilities"].values())
+                rows.append(f"{row['family']:<18}{row['model_type']:<18}{cells}")
+            notes = [
+                f"{row['family']}, {name}: {verdict}"
+                for row in table
+                for name, verdict in row["capabilities"].items()
+                if ":" in verdict
+            ]
+            rest = "Any other family goes through the resolver, or is refused by name with the row to add."
+            return "\n".join([*rows, "", *notes, rest])
+
+        _say(table, as_json, text)
+
+
+@app.command()
+def studies(as_json: Json = False) -> None:
+    """The studies, each with its question."""
+    table = [{"name": name, "question": question} for name, (_, question) in STUDIES.items()]
+    _say(table, as_json, lambda: "\n".join(f"{row['name']:<20}{row['question']}" for row in table))
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="demo, demo:NAME, a folder, or a hub id")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="the question")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="a picture; repeat it for several")] = None,
+    suffix: Annotated[str, typer.Option(help="an answer-format instruction after the question")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="at most this many tokens of answer")] = 32,
+    out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
+    trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """One picture, one question: the answer, how the tokens lie, where attention goes, and the lens."""
+    with _errors(debug):
+        subject = _load(model, device, dtype, device_map, trust_remote_code)
+        from probe.example import Example
+        from studies.look import look
+
+        example = Example("asked", prompt, tuple(image or ()), suffix=suffix)
+        summary = look(subject, example, out, max_new_tokens)
+
+        def text() -> str:
+            runs = ", ".join(f"{s['segment']} {s['start']}-{s['stop'] - 1}" for s in summary["segments"])
+            return (
+                f"answer: {summary['answer']}\n{summary['n_positions']} positions: {runs}\nreport: {summary['run']}/report.md"
+            )
+
+        _say(summary, as_json, text)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def study(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="a study's name; `sightline studies` lists them")],
+    model: Model = "demo", data: DataName = "demo", limit: Limit = None, batch: Batch = 8, columns: Columns = None,
+    out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
+    trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Run a study. Its own options come from its signature: `sightline studies`, then docs/studies."""
+    with _errors(debug):
+        from studies.options import parse
+        from studies.study import Setting, find_study
+
+        _quiet_libraries()
+        function = find_study(name)
+        options = parse(name, function, context.args)
+        if name == "speed":
+            summary = function(out=out, seed=seed, device=device, dtype=dtype, quiet=quiet, **options)
+        else:
+            from studies.data import load_data
+
+            mapping = dict(item.split("=", 1) for item in columns or [] if "=" in item)
+            found = load_data(data, limit, mapping, seed)
+            subject = _load(model, device, dtype, device_map, trust_remote_code)
+            summary = function(Setting(subject, found, out, seed, batch, quiet), **options)
+        _say(summary, as_json, lambda: f"report: {summary['run']}/report.md")
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What this machine can do, and what is missing."""
+    with _errors(debug):
+        _quiet_libraries()
+        from studies.doctor import examine
+
+        findings = examine()
+        _say(findings, as_json, lambda: "\n".join(f"{key:<22}{value}" for key, value in findings.items()))
+
+
+def main() -> None:
+    """Entry point of the `sightline` command."""
+    try:
+        app()
+    except BrokenPipeError:  # a reader such as `head` went away
+        sys.stderr.close()
+
+
+if __name__ == "__main__":
+    main()

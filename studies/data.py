@@ -1,0 +1,133 @@
+"""Data sets as lists of Examples: the bundled world, a JSONL beside its media, or a `datasets` folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from probe.errors import DataError, SightlineError
+from probe.example import Example, Region
+
+_FIELDS = ("id", "prompt", "images", "context", "suffix", "options", "system", "answer", "choices", "regions", "tags")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples in a fixed order, and a fingerprint of what they were made from."""
+
+    name: str
+    examples: tuple[Example, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def load_data(source: str, limit: int | None = None, columns: Mapping[str, str] | None = None, seed: int = 0) -> Data:
+    """`demo` (pictures), `demo:text` (text twins), a `.jsonl`, or a folder that `datasets` saved, or a hub id.
+
+    `columns` maps Example fields to the data set's columns (`image` stands for one picture). Raises DataError for a
+    broken line, a duplicate id, or media that are not there, naming the line.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} leaves no examples: it must be at least 1")
+    if source in ("demo", "demo:text"):
+        from studies.demo import data
+
+        telling = "text" if source == "demo:text" else "picture"
+        made = data.examples(limit or 700, telling, seed=data.SEED + seed)
+        return Data(source, tuple(made), f"demo-world-1:{telling}:{seed}")
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        return _jsonl(path, limit)
+    if path.is_dir() or ("/" in source and not path.exists()):
+        return _datasets(source, limit, dict(columns or {}))
+    raise DataError(f"there is no data set {source!r}: name demo, demo:text, a .jsonl file, or a folder that datasets saved")
+
+
+def _jsonl(path: Path, limit: int | None) -> Data:
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    found: list[Example] = []
+    lines: dict[str, int] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if limit is not None and len(found) >= limit:
+                break
+            if line.strip():
+                example = _from_line(line, number, path)
+                if example.id in lines:
+                    raise DataError(
+                        f"{path} has the id {example.id!r} on lines {lines[example.id]} and {number}: ids must differ"
+                    )
+                lines[example.id] = number
+                found.append(example)
+    if not found:
+        raise DataError(f"{path} holds no examples: one JSON object on each line was expected")
+    return Data(str(path), tuple(found), sha256(path.read_bytes()).hexdigest()[:16])
+
+
+def _from_line(line: str, number: int, path: Path) -> Example:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"line {number} of {path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"line {number} of {path} is not a JSON object with a prompt")
+    fields.setdefault("id", str(number))
+    if unknown := sorted(set(fields) - set(_FIELDS)):
+        raise DataError(
+            f"line {number} of {path} has unknown fields {', '.join(unknown)} (an example has {', '.join(_FIELDS)})"
+        )
+    if not isinstance(fields.get("prompt"), str):
+        raise DataError(f"line {number} of {path} has no prompt")
+    images = tuple(path.parent / name for name in fields.get("images", ()))
+    for image in images:
+        if not image.is_file():
+            raise DataError(f"line {number} of {path} names the picture {image}, which is not there")
+    try:
+        return _example({**fields, "images": images})
+    except (SightlineError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"line {number} of {path} is not an example: {error}") from error
+
+
+def _example(fields: dict[str, Any]) -> Example:
+    regions = tuple(Region(tuple(r["box"]), r.get("label", ""), r.get("picture", 0)) for r in fields.get("regions", ()))
+    return Example(**{
+        **fields, "regions": regions, "choices": tuple(fields.get("choices", ())), "tags": dict(fields.get("tags", {})),
+    })  # fmt: skip
+
+
+def _datasets(source: str, limit: int | None, columns: dict[str, str]) -> Data:
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(source) if Path(source).is_dir() else datasets.load_dataset(source)
+    except Exception as error:  # datasets raises a different class for each way a folder or a hub id can be wrong
+        raise DataError(f"{source} cannot be opened as a data set: {str(error).splitlines()[0]}") from error
+    if isinstance(table, datasets.DatasetDict):
+        split = next((name for name in ("test", "validation", "val", "train") if name in table), next(iter(table)))
+        table = table[split]
+    missing = [column for column in columns.values() if column not in table.column_names]
+    if missing or not (columns.get("prompt") or "prompt" in table.column_names):
+        wanted = missing[0] if missing else "prompt"
+        raise DataError(
+            f"{source} has no column {wanted!r} (it has {', '.join(table.column_names)}): map fields with --columns prompt=question"
+        )
+    found = [_from_row(row, number, columns) for number, row in enumerate(islice(table, limit))]
+    return Data(source, tuple(found), str(table._fingerprint))
+
+
+def _from_row(row: dict[str, Any], number: int, columns: dict[str, str]) -> Example:
+    fields = {name: row[columns.get(name, name)] for name in _FIELDS if columns.get(name, name) in row}
+    single = columns.get("image", "image")
+    if "images" not in fields and single in row and row[single] is not None:
+        fields["images"] = (row[single],)
+    fields["id"] = str(fields.get("id", number))
+    fields["images"] = tuple(fields.get("images") or ())
+    if isinstance(fields.get("answer"), list):
+        fields["answer"] = fields["answer"][0] if fields["answer"] else None
+    return _example(fields)

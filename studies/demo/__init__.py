@@ -1,0 +1,1 @@
+"""The bundled world: scenes that pictures and sentences tell alike, and small models trained on them."""

@@ -1,0 +1,46 @@
+"""The bundled world as a data set: held-out scenes as Examples, told in pictures or in sentences."""
+
+from typing import Any
+
+import numpy as np
+
+from probe.example import Example, Region
+from studies.demo import picture, world
+
+SUFFIX = "Answer briefly."
+SEED = 20_000
+
+
+def examples(
+    count: int, telling: str = "picture", seed: int = SEED, kinds: tuple[str, ...] = world.PICTURE_KINDS
+) -> list[Example]:
+    """`count` questions, each about its own scene with an unseen combination and unseen handwriting; kinds in turn.
+
+    `telling` is `picture` (a 128 x 128 picture) or `text` (the text twin before the question).
+    """
+    rng = np.random.default_rng(seed)
+    return [
+        _example(number, scene, question, telling) for number, (scene, question) in enumerate(world.held_out(rng, count, kinds))
+    ]
+
+
+def _example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
+    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split}
+    common: dict[str, Any] = {
+        "id": f"demo-{number:05d}", "prompt": question.text, "suffix": SUFFIX, "answer": question.answer,
+        "choices": (question.answer, question.distractor), "tags": {key: value for key, value in tags.items() if value},
+    }  # fmt: skip
+    if telling == "text":
+        return Example(**common, context=world.twin(scene))
+    image, boxes = picture.draw(scene, held_out=True)
+    regions = tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in question.about)
+    return Example(**common, images=(image,), regions=regions)
+
+
+def chance(items: list[Example]) -> float:
+    """Accuracy of the best constant answer to each kind of question."""
+    by_kind: dict[str, list[str]] = {}
+    for item in items:
+        by_kind.setdefault(item.tags["kind"], []).append(item.answer or "")
+    best = sum(max(answers.count(answer) for answer in set(answers)) for answers in by_kind.values())
+    return best / len(items)

@@ -1,0 +1,254 @@
+"""Where, in which layers, does what the model saw reach its answer?
+
+The whole of Cross-modal Information Flow (arXiv 2411.18620) on any model and any data: attention edges are knocked out
+in windows of layers, and the change in the probability of the model's own first answer token says which edges carried
+it. Beside the causal flow stands the soft one (attention mass on the same edges); beside the windows, the cumulative
+cut-off (the image hidden from layer l on), the answer's probability read off every layer, and the controls.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from probe.analysis.flow import FLOWS, METRICS, change, default_window, flow_edges
+from probe.edits import Knockout, window
+from probe.errors import DataError, SightlineError
+from probe.example import Example
+from probe.recorders import Lens, Mass
+from probe.replay import Entry, sweep
+from probe.subject import Encoded, Subject
+from probe.tokens import TokenMap
+from probe.tracing import trace
+from studies.run import Run
+from studies.study import Setting, Summary, describe, progress, study, units
+
+SCHEMA = pa.schema([
+    ("example", pa.string()), ("kind", pa.string()), ("what", pa.string()), ("flow", pa.string()), ("layer", pa.int32()),
+    ("start", pa.int32()), ("stop", pa.int32()), ("n_rows", pa.int32()), ("n_columns", pa.int32()),
+    *((name, pa.float64()) for name in ("p_before", "p_after", *METRICS)),
+    ("mass", pa.float64()), ("entropy", pa.float64()), ("sink", pa.float64()), ("word", pa.string()), ("prob", pa.float64()),
+    ("rank", pa.int32()), ("text", pa.string()), ("correct", pa.bool_()),
+])  # fmt: skip
+CONTROLS = {"random->question": ("question", "random"), "random->last": ("last", "random-question")}
+MASSES = Mass(rows=("question", "last"), columns=("image", "question", "last", "related", "other"))
+WORDS = ("lower-case", "capitalised", "false option")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with each example."""
+
+    flows: tuple[str, ...]
+    width: int
+    norm: str
+    only_correct: bool
+    max_new_tokens: int
+    seed: int
+    method: str
+
+
+@study
+def information_flow(
+    setting: Setting,
+    *,
+    flows: str = "all",
+    window_width: int | None = None,
+    tolerance: float = 2.0,
+    norm: str = "final",
+    only_correct: bool = True,
+    max_new_tokens: int = 16,
+    method: str = "replay",
+) -> Summary:
+    """Where, in which layers, does what the model saw reach its answer?
+
+    `flows` is `all` or names separated by commas; `window_width` the layers knocked out at once (default: 9 from 40
+    layers up, 7 from 28 up, else 0.22 of them); `tolerance` the percent change of the answer's probability below which
+    the image no longer matters; `norm` the lens (`final`, or `none` as in the published code); `method` is `replay` or
+    `naive`, one forward for each entry, for architectures that cannot be replayed.
+    """
+    subject, data = setting.subject, setting.data
+    chosen = tuple(FLOWS) if flows == "all" else tuple(name.strip() for name in flows.split(","))
+    for name in chosen:
+        flow_edges(name)
+    width = default_window(subject.n_layers) if window_width is None else window_width
+    window(0, width, subject.n_layers)
+    plan = Plan(chosen, width, norm, only_correct, max_new_tokens, setting.seed, method)
+    config = {**vars(plan), "tolerance": tolerance, "data": data.name, "fingerprint": data.fingerprint,
+              "limit": len(data), "batch": setting.batch}  # fmt: skip
+    run = Run.open(setting.out, "information-flow", config, describe(subject), SCHEMA)
+    try:
+        return _carry_out(setting, plan, run, tolerance)
+    except BaseException as error:
+        run.fail(error)
+        raise
+
+
+def _carry_out(setting: Setting, plan: Plan, run: Run, tolerance: float) -> Summary:
+    from studies.information_flow_report import figures, report, summarise
+
+    work = units(len(setting.data), setting.batch)
+    todo = set(run.pending(key for key, _ in work))
+    with progress("information flow", len(setting.data), setting.quiet) as advance:
+        for key, items in work:
+            if key in todo:
+                run.write(key, unit(setting.subject, [setting.data.examples[i] for i in items], plan))
+            advance(len(items))
+    rows = run.rows(key for key, _ in work)
+    summary = summarise(rows, plan, setting.subject.n_layers, tolerance)
+    summary["run"] = str(run.folder)
+    figures(run, summary)
+    run.finish(summary, report(run, summary, setting))
+    return summary
+
+
+# --- one unit of work ------------------------------------------------------------------------------------------------
+
+
+def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str, Any]]:
+    """All rows of some examples; an example that cannot be put to the model is a row that says why."""
+    usable, rows = _usable(subject, examples)
+    if not usable:
+        return rows
+    encoded = _grouped(subject.encode(usable), plan.seed)
+    told = subject.generate(encoded, plan.max_new_tokens)
+    blind = subject.generate([example.without_images() for example in usable], plan.max_new_tokens)
+    right = [_right(answer, example) for answer, example in zip(told, usable, strict=True)]
+    recorded = trace(subject, encoded, [MASSES, _lens(subject, encoded, told, plan)])
+    studied = [ok or not plan.only_correct for ok in right]
+    labels = [_entries(m, plan, subject.n_layers, full) for m, full in zip(encoded.maps, studied, strict=True)]
+    entries = iter([[entry for *_, entry in each] for each in labels])
+    swept = sweep(subject, encoded, lambda _: next(entries), method=plan.method)  # type: ignore[arg-type]
+    for i, example in enumerate(usable):
+        own = {"example": example.id, "kind": example.tags.get("kind", "")}
+        token = int(swept.clean[i].argmax())
+        changes = change(swept.clean[i], swept.edited[i], token)
+        for j, (what, flow, layer, layers, entry) in enumerate(labels[i]):
+            rows.append({**own, "what": what, "flow": flow, "layer": layer, "start": layers.start, "stop": layers.stop,
+                         **_sizes(entry, encoded.maps[i]), **{name: float(getattr(changes, name)[j]) for name in changes._fields}})  # fmt: skip
+        hidden = subject.tokenizer.decode([int(swept.edited[i][0].argmax())])
+        for what, text, ok in (
+            ("answer", told[i], right[i]), ("no-image answer", blind[i], _right(blind[i], example)),
+            ("hidden-image answer", hidden, _starts(hidden, example)),
+        ):  # fmt: skip
+            rows.append({**own, "what": what, "text": text, "correct": ok})
+        if studied[i]:
+            rows += [{**own, **row} for row in _recorded_rows(recorded, plan, i, encoded.maps[i])]
+    return rows
+
+
+def _usable(subject: Subject, examples: list[Example]) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The examples that can be put to the model with a picture and an answer, and a row for each that cannot."""
+    usable, rows = [], []
+    for example in examples:
+        try:
+            if example.answer is None:
+                raise DataError(f"example {example.id!r} has no answer to compare with")
+            if not example.images:
+                raise DataError(f"example {example.id!r} has no picture")
+            subject.encode(example)
+        except SightlineError as error:
+            rows.append({"example": example.id, "kind": example.tags.get("kind", ""), "what": "skipped", "text": str(error)})
+        else:
+            usable.append(example)
+    return usable, rows
+
+
+def _grouped(encoded: Encoded, seed: int) -> Encoded:
+    """Names the positions of the related and the other patches, and random ones of equal number as controls."""
+    maps = []
+    for token_map, example in zip(encoded.maps, encoded.examples, strict=True):
+        image, question = token_map.positions("image"), token_map.positions("question")
+        rng = np.random.default_rng([seed, *example.id.encode()])
+        related = other = np.array([], dtype=np.int64)
+        if example.regions and token_map.geometry:
+            related = np.intersect1d(token_map.in_boxes(example.regions), image)
+            other = np.setdiff1d(image, related)
+        groups = {
+            "related": related, "other": other, "random": _draw(rng, other, len(related)),
+            "random-question": _draw(rng, image, len(question)),
+        }  # fmt: skip
+        maps.append(token_map.with_groups(**groups))
+    return encoded.with_maps(maps)
+
+
+def _draw(rng: np.random.Generator, positions: np.ndarray, count: int) -> np.ndarray:
+    return rng.choice(positions, size=min(count, len(positions)), replace=False)
+
+
+def _entries(token_map: TokenMap, plan: Plan, n_layers: int, full: bool) -> list[tuple[str, str, int, range, Entry]]:
+    """(what, flow, layer, layers, knock-out) of every entry; the image hidden everywhere comes first."""
+    everywhere = range(n_layers)
+    made: list[tuple[str, str, int, range, Entry]] = [
+        ("hidden", "image->text", 0, everywhere, Knockout("text", "image", everywhere)),
+    ]
+    if not full:
+        return made
+    made.append(("empty", "nothing->question", 0, everywhere, Knockout("question", [], everywhere)))
+    flows = [("flow", name, FLOWS[name]) for name in plan.flows] + [
+        ("control", name, edges) for name, edges in CONTROLS.items()
+    ]
+    for what, name, (rows, columns) in flows:
+        if columns in ("related", "other", "random") and not token_map.groups[columns]:
+            continue  # no box says where the answer lies
+        for center in range(n_layers):
+            layers = window(center, plan.width, n_layers)
+            made.append((what, name, center, layers, Knockout(rows, columns, layers)))
+    for start in range(1, n_layers):
+        layers = range(start, n_layers)
+        made.append(("cumulative", "image->text", start, layers, Knockout("text", "image", layers)))
+    return made
+
+
+def _sizes(entry: Entry, token_map: TokenMap) -> dict[str, int]:
+    assert isinstance(entry, Knockout)
+    return {"n_rows": len(token_map.positions(entry.rows)), "n_columns": len(token_map.positions(entry.columns))}
+
+
+def _lens(subject: Subject, encoded: Encoded, told: list[str], plan: Plan) -> Lens:
+    track = []
+    for example, answer in zip(encoded.examples, told, strict=True):
+        right = example.answer or ""
+        wrong = next((choice for choice in example.choices if choice != right), "")
+        same_case = wrong.capitalize() if answer[:1].isupper() else wrong
+        track.append(tuple(subject.first_tokens([right.lower(), right.capitalize(), same_case or right])))
+    return Lens(track=tuple(track), norm=plan.norm)  # type: ignore[arg-type]
+
+
+def _recorded_rows(recorded: Any, plan: Plan, i: int, token_map: TokenMap) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    mass, entropy, sink = recorded["mass"], recorded["entropy"], recorded["sink"]
+    for name in plan.flows:
+        source, target = FLOWS[name]
+        if not len(token_map.positions(target)):
+            continue
+        per_layer = mass.at(batch=i, row_group=source, column_group=target).mean(-1)
+        rows += [
+            {"what": "mass", "flow": name, "layer": layer, "mass": float(value)}
+            for layer, value in zip(mass.labels["layer"], per_layer.tolist(), strict=True)
+        ]
+    for group in mass.labels["row_group"]:
+        both = zip(entropy.at(batch=i, row_group=group).mean(-1), sink.at(batch=i, row_group=group).mean(-1), strict=True)
+        rows += [
+            {"what": "row", "flow": group, "layer": layer, "entropy": float(a), "sink": float(b)}
+            for layer, (a, b) in zip(mass.labels["layer"], both, strict=True)
+        ]
+    prob, rank = recorded["lens_prob"], recorded["lens_rank"]
+    for word, name in enumerate(WORDS):
+        rows += [
+            {"what": "lens", "word": name, "layer": layer, "prob": float(prob.tensor[k, i, 0, word]), "rank": int(rank.tensor[k, i, 0, word])}
+            for k, layer in enumerate(prob.labels["layer"])
+        ]  # fmt: skip
+    return rows
+
+
+def _right(text: str, example: Example) -> bool:
+    """The published filter: the answer, stripped and in lower case, is the right one."""
+    return text.strip().lower().rstrip(".") == (example.answer or "").strip().lower()
+
+
+def _starts(token: str, example: Example) -> bool:
+    """Whether one token begins the right answer; equal to `_right` where answers are single tokens."""
+    word = token.strip().lower()
+    return bool(word) and (example.answer or "").strip().lower().startswith(word)

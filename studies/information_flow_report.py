@@ -1,0 +1,182 @@
+"""The information-flow study's numbers, figures and words, made from its records."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from probe.analysis.flow import METRICS, cutoff_layer, default_window, window_mean
+from probe.analysis.stats import bootstrap_mean, spearman, wilson
+from probe.edits import window
+from probe.errors import DataError
+from probe.plots import flow as plots
+from studies.run import Run
+from studies.study import Setting, Summary
+
+Table = pd.DataFrame
+
+
+def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Summary:
+    """Everything that the report says, as numbers. Raises DataError when no example could be used."""
+    table = rows.to_pandas()
+    skipped = table[table.what == "skipped"]
+    answers = table[table.what == "answer"]
+    if not len(answers):
+        reason = skipped.text.iloc[0] if len(skipped) else "the data set is empty"
+        raise DataError(f"none of the {len(skipped)} examples could be used; the first: {reason}")
+    cumulative = _per_example(table[(table.what == "cumulative")], "relative", range(1, n_layers))
+    hidden = table[(table.what == "hidden") & table.example.isin(table[table.what == "cumulative"].example)]
+    from_start = np.concatenate([hidden.set_index("example").relative.loc[cumulative.index].to_numpy()[:, None], cumulative], 1)
+    cutoff = cutoff_layer(from_start, tolerance, plan.seed) if len(from_start) else None
+    return {
+        "run": "", "n": len(answers), "n_correct": int(answers.correct.sum()), "n_skipped": len(skipped),
+        "skipped": [f"{row.example}: {row.text}" for row in skipped.itertuples()],
+        "baseline_accuracy": float(answers.correct.mean()),
+        "baseline_interval": wilson(int(answers.correct.sum()), len(answers)),
+        "no_image_accuracy": _share(table, "no-image answer"),
+        "hidden_image_accuracy": _share(table, "hidden-image answer"),
+        "empty_knockout_max_change": float(table[table.what == "empty"][["logit", "log_prob"]].abs().max().max()),
+        "cutoff_layer": cutoff.layer if cutoff else None,
+        "cutoff_interval": [cutoff.low, cutoff.high] if cutoff else None,
+        "cutoff_tolerance": tolerance,
+        "window": plan.width, "default_window": default_window(n_layers), "n_layers": n_layers,
+        "flows": {name: _flow(table, "flow", name, plan, n_layers) for name in plan.flows if _has(table, "flow", name)},
+        "controls": {
+            name: _flow(table, "control", name, plan, n_layers) for name in sorted(set(table[table.what == "control"].flow))
+        },
+        "cumulative": _curve(from_start, list(range(n_layers))) if len(from_start) else None,
+        "lens": {
+            word: _curve(_per_example(table[(table.what == "lens") & (table.word == word)], "prob", range(n_layers)), list(range(n_layers)))
+            for word in sorted(set(table[table.what == "lens"].word))
+        },
+        "rows": {
+            group: {
+                field: _curve(_per_example(table[(table.what == "row") & (table.flow == group)], field, range(n_layers)), list(range(n_layers)))
+                for field in ("entropy", "sink")
+            }
+            for group in sorted(set(table[table.what == "row"].flow))
+        },
+    }  # fmt: skip
+
+
+def _has(table: Table, what: str, flow: str) -> bool:
+    return bool(((table.what == what) & (table.flow == flow)).any())
+
+
+def _share(table: Table, what: str) -> float:
+    return float(table[table.what == what].correct.mean())
+
+
+def _per_example(table: Table, field: str, layers: range) -> Table:
+    """A table (example layer) of one field."""
+    return table.pivot(index="example", columns="layer", values=field).reindex(columns=list(layers))
+
+
+def _curve(values: Table | np.ndarray, layers: list[int]) -> dict[str, Any]:
+    found = bootstrap_mean(np.asarray(values, dtype=np.float64))
+    return {
+        "layers": layers,
+        "mean": found.value.tolist(),
+        "low": found.low.tolist(),
+        "high": found.high.tolist(),
+        "n": len(values),
+    }
+
+
+def _flow(table: Table, what: str, name: str, plan: Any, n_layers: int) -> dict[str, Any]:
+    """One flow: its curve, the other metrics, soft flow, and how well soft predicts causal, layer by layer."""
+    own = table[(table.what == what) & (table.flow == name)]
+    layers = list(range(n_layers))
+    made = _curve(_per_example(own, "relative", range(n_layers)), layers)
+    made["median"] = np.nanmedian(_per_example(own, "relative", range(n_layers)), axis=0).tolist()
+    made["columns"] = float(own.n_columns.mean())
+    made["rows"] = float(own.n_rows.mean())
+    per_column = _per_example(own.assign(each=own.relative / own.n_columns), "each", range(n_layers))
+    made["per_column"] = _curve(per_column, layers)
+    made["metrics"] = {
+        field: _curve(_per_example(own, field, range(n_layers)), layers) for field in METRICS if field != "relative"
+    }
+    masses = table[(table.what == "mass") & (table.flow == name)]
+    if len(masses):
+        soft = _per_example(masses, "mass", range(n_layers))
+        made["mass"] = soft.mean().tolist()
+        windows = [window(layer, plan.width, n_layers) for layer in layers]
+        seen = window_mean(soft.to_numpy(), windows)
+        caused = -_per_example(own, "log_prob", range(n_layers)).reindex(soft.index).to_numpy()
+        made["correlation"] = [spearman(seen[:, i], caused[:, i]) for i in layers]
+        made["correlation_over_layers"] = spearman(seen.mean(0), np.nanmean(caused, 0))
+    return made
+
+
+def figures(run: Run, summary: Summary) -> None:
+    """The figures of a run: the flows, the soft flow beside them, and the answer read off every layer."""
+    run.figure("information-flow", plots.flow_figure(summary), plots.flow_page(summary))
+    run.figure("soft-and-causal", plots.soft_figure(summary), plots.soft_page(summary))
+    run.figure("answer-by-layer", plots.lens_figure(summary), plots.lens_page(summary))
+
+
+def report(run: Run, summary: Summary, setting: Setting) -> str:
+    """The report: each figure with a sentence, and the numbers behind it."""
+    low, high = summary["baseline_interval"]
+    strongest = {
+        name: min(zip(flow["mean"], flow["layers"], flow["low"], flow["high"], strict=True))
+        for name, flow in summary["flows"].items()
+    }
+    lines = [
+        "# Information flow", "",
+        f"*Where, in which layers, does what the model saw reach its answer?* Model `{setting.subject.name}` "
+        f"({summary['n_layers']} layers), data `{setting.data.name}`, windows of {summary['window']} layers.", "",
+        "## What the model can do", "",
+        f"- It answers {summary['baseline_accuracy']:.1%} of {summary['n']} questions (95 % Wilson interval {low:.1%} to {high:.1%}).",
+        f"- Without the picture {summary['no_image_accuracy']:.1%}; with the picture there but hidden from all text in all layers "
+        f"{summary['hidden_image_accuracy']:.1%}.",
+        f"- Knocking out nothing changes logits and log-probabilities by at most {summary['empty_knockout_max_change']:.1e}.",
+        f"- {summary['n_skipped']} examples could not be used." if summary["n_skipped"] else "- Every example could be used.",
+        *(f"  - {line}" for line in summary["skipped"][:20]), "",
+        "## The flows", "", "![information flow](figures/information-flow.png)", "",
+        f"Each point: attention edges cut in a window of {summary['window']} layers around it; the change in the probability of the "
+        f"model's own first answer token, mean over {next(iter(summary['flows'].values()))['n'] if summary['flows'] else 0} examples "
+        "answered correctly, with a 95 % bootstrap interval. Strongest effect of each flow:", "",
+        "| flow | layer | change of p | 95 % interval | n | columns cut | per column |", "|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {layer} | {mean:.1f} % | {low:.1f} to {high:.1f} % | {summary['flows'][name]['n']} | "
+            f"{summary['flows'][name]['columns']:.1f} | {summary['flows'][name]['per_column']['mean'][layer]:.2f} % |"
+            for name, (mean, layer, low, high) in strongest.items()
+        ), "",
+        *_controls(summary),
+        *_depth(summary),
+        "## Soft flow beside causal flow", "", "![soft and causal](figures/soft-and-causal.png)", "",
+        "Attention mass on the same edges, averaged over heads and the window's layers, and its rank correlation with the causal "
+        "effect (drop of the log-probability) over examples. A flow whose mass does not predict its effect is one where attention "
+        "maps mislead.", "",
+        "## The answer, read off every layer", "", "![answer by layer](figures/answer-by-layer.png)", "",
+        "The logit lens at the last position: the probability of the answer's first token in lower case and capitalised, and of a "
+        "false option in the model's own case.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _controls(summary: Summary) -> list[str]:
+    lines = ["Controls (random image columns of equal number, same rows and windows):", ""]
+    for name, flow in summary["controls"].items():
+        worst = min(zip(flow["mean"], flow["layers"], strict=True))
+        against = "related->question" if name == "random->question" else "question->last"
+        if against in summary["flows"]:
+            other = min(summary["flows"][against]["mean"])
+            lines.append(
+                f"- {name}: at most {worst[0]:.1f} % (layer {worst[1]}), where {against} takes {other:.1f} % with "
+                f"{summary['flows'][against]['columns']:.1f} columns."
+            )
+    return [*lines, ""]
+
+
+def _depth(summary: Summary) -> list[str]:
+    if summary["cutoff_layer"] is None:
+        return []
+    low, high = summary["cutoff_interval"]
+    return [
+        "## How deep the image is needed", "",
+        f"Hidden from all text from layer {summary['cutoff_layer']} on, the image no longer matters (95 % interval {low} to {high}): "
+        f"the answer's probability changes by at most {summary['cutoff_tolerance']:g} % on average at this and every later start.", "",
+    ]  # fmt: skip

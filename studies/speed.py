@@ -1,0 +1,205 @@
+"""What do tracing and replaying cost, next to a plain forward pass and to the naive way?
+
+Everything is measured side by side in one process, interleaved, on a LLaVA-shaped model with random weights: the plain
+SDPA forward, the same pass traced (group masses and last rows of every layer), eager attention with
+output_attentions, a replayed three-flow sweep, and the naive loop of one masked forward for each layer and flow.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from probe.analysis.flow import FLOWS, default_window
+from probe.edits import Knockout, window
+from probe.recorders import Mass, Recorder, Rows
+from probe.replay import sweep
+from probe.subject import Encoded, Subject
+from probe.tracing import last_logits, trace
+from studies.run import Run
+from studies.study import Summary, progress, study
+
+SCHEMA = pa.schema([("what", pa.string()), ("round", pa.int32()), ("seconds", pa.float64()), ("bytes", pa.float64())])
+SWEPT = ("image->question", "image->last", "question->last")
+
+
+@study
+def speed(
+    *,
+    layers: int = 16,
+    width: int = 512,
+    heads: int = 8,
+    kv_heads: int = 8,
+    ffn: int = 1376,
+    vocabulary: int = 2000,
+    image_side: int = 24,
+    question: int = 24,
+    rounds: int = 7,
+    naive_rounds: int = 3,
+    out: Path | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    quiet: bool = False,
+) -> Summary:
+    """What do tracing and replaying cost, next to a plain forward pass and to the naive way?
+
+    The sizes are arguments: `--layers 32 --width 4096 --heads 32 --kv-heads 32 --ffn 11008 --vocabulary 32064 --device cuda
+    --dtype bfloat16` is a 7B shape. `image_side` is the grid's side in patches, `question` the number of words.
+    """
+    from studies.speed_model import example, llava_shaped
+
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
+             "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
+    run = Run.open(
+        out, "speed", {**sizes, "rounds": rounds, "naive_rounds": naive_rounds, "seed": seed}, {"name": "random"}, SCHEMA
+    )
+    subject = llava_shaped(layers, width, heads, kv_heads, ffn, vocabulary, image_side, target, kind, seed)
+    encoded = subject.encode(example(image_side, question))
+    entries = [
+        Knockout(*FLOWS[name], window(center, default_window(layers), layers)) for name in SWEPT for center in range(layers)
+    ]
+    recorders: list[Recorder] = [Mass(), Rows("last")]
+    timed: dict[str, Callable[[], Any]] = {
+        "forward": lambda: last_logits(subject, encoded),
+        "trace": lambda: trace(subject, encoded, recorders),
+        "eager": lambda: _eager(subject, encoded),
+        "sweep": lambda: sweep(subject, encoded, entries),
+    }
+    seconds = _interleaved(timed, rounds, target, quiet)
+    naive = _interleaved({"naive": lambda: sweep(subject, encoded, entries, method="naive")}, naive_rounds, target, quiet)
+    seconds |= naive
+    peaks = {name: _peak(timed[name], target) for name in ("forward", "trace", "eager")}
+    summary = _summarise(subject, encoded, entries, seconds, peaks, timed, sizes)
+    summary["run"] = str(run.folder)
+    rows = [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
+    run.write("all", rows + [{"what": f"peak {name}", "bytes": float(peak)} for name, peak in peaks.items()])
+    run.finish(summary, _report(summary))
+    if not quiet:
+        import sys
+
+        print(_table(summary), file=sys.stderr)
+    return summary
+
+
+def _eager(subject: Subject, encoded: Encoded) -> Any:
+    """What everybody else does: eager attention that returns every pattern."""
+    config = subject.decoder.config
+    before = config._attn_implementation
+    config._attn_implementation_internal = "eager"
+    try:
+        with torch.no_grad():
+            return subject.model(**encoded.inputs, use_cache=False, output_attentions=True, logits_to_keep=1).attentions
+    finally:
+        config._attn_implementation_internal = before
+
+
+def _interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
+    """Seconds of each round, the candidates taking turns, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    with progress(", ".join(timed), rounds + 1, quiet, "rounds") as advance:
+        for turn in range(rounds + 1):
+            for name, call in timed.items():
+                _settle(device)
+                start = time.perf_counter()
+                call()
+                _settle(device)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+            advance(1)
+    return seconds
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes above the resting level at the worst moment of a call, its result held: CUDA's own count, or the process's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        held = call()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del held
+        return int(peak)
+    return _tensor_peak(call)
+
+
+def _tensor_peak(call: Callable[[], Any]) -> int:
+    """On a CPU: the most bytes of tensors alive at once, from torch's own allocation events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        held = call()
+    del held
+    level = peak = 0
+    for event in sorted(
+        (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+def _summarise(
+    subject: Subject, encoded: Encoded, entries: list[Knockout], seconds: dict[str, list[float]], peaks: dict[str, int],
+    timed: dict[str, Callable[[], Any]], sizes: dict[str, Any],
+) -> Summary:  # fmt: skip
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    quartiles = {name: [float(q) for q in np.percentile(values, [25, 50, 75])] for name, values in seconds.items()}
+    plain = timed["forward"]()
+    fast, slow = timed["sweep"](), sweep(subject, encoded, entries, method="naive")
+    return {
+        "run": "", "n_positions": len(encoded.maps[0]), "n_entries": len(entries), **sizes,
+        "trace_over_forward": _paired(seconds, "trace", "forward"),
+        "eager_over_forward": _paired(seconds, "eager", "forward"),
+        "trace_extra_memory_over_eager": (peaks["trace"] - peaks["forward"]) / max(1, peaks["eager"] - peaks["forward"]),
+        "trace_logits_bitwise": bool(torch.equal(timed["trace"]().logits, plain)),
+        "sweep_in_forwards": _paired(seconds, "sweep", "forward"),
+        "sweep_predicted_in_forwards": 1 + fast.layer_rows / fast.clean_layer_rows,
+        "sweep_speedup": median["naive"] / median["sweep"],
+        "sweep_max_difference": float((fast.edited[0] - slow.edited[0]).abs().max()),
+        "sweep_same_answers": float((fast.edited[0].argmax(-1) == slow.edited[0].argmax(-1)).float().mean()),
+        "seconds": quartiles, "peak_bytes": peaks,
+    }  # fmt: skip
+
+
+def _paired(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of the ratio within a round: what drifts from round to round cancels."""
+    return float(np.median(np.array(seconds[name]) / np.array(seconds[base])))
+
+
+def _table(summary: Summary) -> str:
+    rows = [
+        ("trace (group masses, last rows) / forward", summary["trace_over_forward"], "at most 1.06"),
+        ("eager with output_attentions / forward", summary["eager_over_forward"], ""),
+        ("extra memory of trace / of eager", summary["trace_extra_memory_over_eager"], "at most 0.01"),
+        (f"replayed sweep of {summary['n_entries']} entries, in forwards", summary["sweep_in_forwards"], "at most 2.2"),
+        ("  the token-layer model predicts", summary["sweep_predicted_in_forwards"], ""),
+        ("naive loop / replayed sweep", summary["sweep_speedup"], "at least 18"),
+        ("largest difference of the logits", summary["sweep_max_difference"], "at most 1e-5 in float32"),
+    ]
+    lines = [f"{name:<52}{value:>12.3g}   {goal}" for name, value, goal in rows]
+    for name, (low, middle, high) in summary["seconds"].items():
+        lines.append(f"{name:<52}{middle * 1e3:>9.1f} ms   quartiles {low * 1e3:.1f} to {high * 1e3:.1f}")
+    head = f"{summary['n_positions']} positions, {summary['layers']} layers, width {summary['width']}, {summary['dtype']} on {summary['device']}"
+    return "\n".join([head, *lines])
+
+
+def _report(summary: Summary) -> str:
+    bitwise = "bit for bit those of the plain forward" if summary["trace_logits_bitwise"] else "not those of the plain forward"
+    return (
+        f"# Speed\n\nMedians of interleaved rounds in one process; ratios are medians of the ratio within a round.\n\n```\n"
+        f"{_table(summary)}\n```\n\nThe traced pass's logits are {bitwise}. The replayed and the naive sweep agree on the most likely "
+        f"token in {summary['sweep_same_answers']:.1%} of the entries.\n"
+    )

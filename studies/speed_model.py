@@ -1,0 +1,67 @@
+"""A LLaVA-shaped model of any size with random weights, for measuring time and memory. It has nothing to say."""
+
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from probe.example import Example
+from probe.subject import Subject, load
+
+PATCH = 14
+
+
+def llava_shaped(
+    layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocabulary: int, image_side: int, device: torch.device,
+    dtype: torch.dtype, seed: int,
+) -> Subject:  # fmt: skip
+    """The model on its device; its tower is a quarter as wide as its decoder, which keeps LLaVA's proportions."""
+    from studies.demo.build import TEMPLATE, tokenizer
+
+    words = tokenizer()
+    pixels = image_side * PATCH
+    tower = max(64, width // 4)
+    vision = CLIPVisionConfig(
+        hidden_size=tower, intermediate_size=4 * tower, num_hidden_layers=max(2, layers // 2), num_attention_heads=max(1, tower // 64),
+        image_size=pixels, patch_size=PATCH, projection_dim=tower,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=max(vocabulary, len(words)), hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=words.image_token_id)
+    with device:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = LlavaForConditionalGeneration(config)
+        finally:
+            torch.set_default_dtype(before)
+    images = CLIPImageProcessorPil(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels})
+    processor = LlavaProcessor(
+        images,
+        words,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    return load((model.eval(), processor))
+
+
+def example(image_side: int, question: int) -> Example:
+    """A grey picture and a question of so many words, with a system text as long as LLaVA's."""
+    words = ("what color is the circle and how many things are red or blue in this scene right there ? " * 8).split()
+    system = " ".join((f"A chat about one scene. {'there is a ' * 8}").split())
+    return Example(
+        "bench", " ".join(words[:question]), (Image.new("RGB", (image_side * PATCH, image_side * PATCH), "grey"),),
+        system=system, suffix="Answer briefly.",
+    )  # fmt: skip

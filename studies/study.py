@@ -1,0 +1,103 @@
+"""What a study is: a typed function that asks one question of a model, and the table of them."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probe.errors import StudyError, did_you_mean
+
+if TYPE_CHECKING:
+    from probe.subject import Subject
+    from studies.data import Data
+
+Summary = dict[str, Any]
+
+# name: (module, the question). The function has the study's name; its docstring begins with the question.
+STUDIES: dict[str, tuple[str, str]] = {
+    "information-flow": (
+        "studies.information_flow", "Where, in which layers, does what the model saw reach its answer?",
+    ),
+    "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every study is given: the model, the data, where to write, and how."""
+
+    subject: "Subject"
+    data: "Data"
+    out: Path | None = None
+    seed: int = 0
+    batch: int = 8
+    quiet: bool = True
+
+
+def study(function: Callable[..., Summary]) -> Callable[..., Summary]:
+    """Marks a study. Raises StudyError where the table and the function disagree, so that neither can rot."""
+    name = function.__name__.replace("_", "-")
+    module, question = STUDIES.get(name, ("", ""))
+    if module != function.__module__ or not (function.__doc__ or "").startswith(question):
+        raise StudyError(f"the study {name!r} is not in studies/study.py with the question that its docstring begins with")
+    return function
+
+
+def find_study(name: str) -> Callable[..., Summary]:
+    """The function of a study. Raises StudyError with the nearest name."""
+    if name not in STUDIES:
+        raise StudyError(f"there is no study {name!r}{did_you_mean(name, STUDIES)}")
+    found: Callable[..., Summary] = getattr(import_module(STUDIES[name][0]), name.replace("-", "_"))
+    return found
+
+
+@contextmanager
+def progress(title: str, total: int, quiet: bool, unit: str = "examples") -> Iterator[Callable[[int], None]]:
+    """A bar on standard error with rate and time left; `advance(n)` moves it."""
+    if quiet:
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, rate="")
+        start = time.perf_counter()
+
+        def advance(n: int) -> None:
+            bar.advance(task, n)
+            done = bar.tasks[0].completed
+            bar.update(task, rate=f"{done / max(1e-9, time.perf_counter() - start):.1f}/s")
+
+        yield advance
+
+
+def units(count: int, size: int) -> list[tuple[str, range]]:
+    """Work cut into units of `size` items: a key and the items of each."""
+    return [
+        (f"{start:06d}-{min(count, start + size):06d}", range(start, min(count, start + size)))
+        for start in range(0, count, size)
+    ]
+
+
+def describe(subject: "Subject") -> dict[str, Any]:
+    """What identifies a model in run.json: its name, architecture, shape, and a fingerprint of some of its weights."""
+    from hashlib import sha256
+
+    digest = sha256()
+    for name, weight in subject.model.named_parameters():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return {
+        "name": subject.name, "family": subject.anatomy.family, "model_type": subject.anatomy.model_type,
+        "layers": subject.n_layers, "heads": subject.n_heads, "dtype": str(subject.dtype).removeprefix("torch."),
+        "fingerprint": digest.hexdigest()[:16],
+    }  # fmt: skip
