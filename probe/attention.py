@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -80,10 +81,10 @@ class Call:
 class RowAttention:
     """Attention of chosen rows, not yet normalised: `weight / total` are the probabilities (batch head row key)."""
 
-    rows: Tensor  # batch row
-    score: Tensor  # batch head row key, minus the row's maximum; the dtype's minimum where hidden
-    weight: Tensor  # exp(score), 0 where hidden
-    total: Tensor  # batch head row 1
+    rows: Int[Tensor, "batch row"]
+    score: Float[Tensor, "batch head row key"]  # minus the row's maximum; the dtype's minimum where hidden
+    weight: Float[Tensor, "batch head row key"]  # exp(score), 0 where hidden
+    total: Float[Tensor, "batch head row 1"]
 
     @property
     def probability(self) -> Tensor:
@@ -95,7 +96,12 @@ class RowAttention:
         return (self.total.log() - (self.weight * self.score).sum(-1, keepdim=True) / self.total)[..., 0]
 
 
-def attend_rows(call: Call, rows: Tensor, visible: Tensor, bias: Tensor | None = None) -> RowAttention:
+def attend_rows(
+    call: Call,
+    rows: Int[Tensor, "batch row"],
+    visible: Bool[Tensor, "batch heads_or_1 row key"],
+    bias: Float[Tensor, "batch heads_or_1 row key"] | None = None,
+) -> RowAttention:
     """Softmax attention of chosen query rows, in float32: scaling, soft cap, mask and grouped heads as the model has them.
 
     `rows` (batch row), `visible` (batch 1|head row key). A row that may look nowhere has weight 0 everywhere.
@@ -118,7 +124,7 @@ def attend_rows(call: Call, rows: Tensor, visible: Tensor, bias: Tensor | None =
     return RowAttention(rows, score, weight, torch.where(total > 0, total, 1.0))
 
 
-def mix_values(call: Call, attention: RowAttention) -> Tensor:
+def mix_values(call: Call, attention: RowAttention) -> Float[Tensor, "batch head row dim"]:
     """What the rows read: (batch head row dim), in the value's dtype."""
     heads, groups = call.query.shape[1], call.value.shape[1]
     batch, _, count, keys = attention.weight.shape
@@ -126,6 +132,7 @@ def mix_values(call: Call, attention: RowAttention) -> Tensor:
     return (folded @ call.value).view(batch, heads, count, -1)
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Somebody who wants to stand in the attention of some layers."""
 

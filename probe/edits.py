@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from torch import Tensor
 
 from probe.errors import EditError
 from probe.points import Layers, check_point
 
-Group = str | Iterable[int]
+Group = str | Iterable[SupportsIndex]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Example: what is put to a model, and what is known about it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from probe.errors import ExampleError
 
-Picture = Image.Image | Path | str
+Picture = Image.Image | Path | str | Callable[[], Image.Image]  # a callable makes the picture when it is needed
 MAX_PIXELS = 64_000_000
 
 
@@ -71,6 +71,8 @@ def open_picture(picture: Picture) -> Image.Image:
     Raises ExampleError when the file is missing, empty, truncated, not a picture, or would decode to more than
     64 million pixels.
     """
+    if callable(picture):
+        picture = picture()
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     path = Path(picture)

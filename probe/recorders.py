@@ -104,7 +104,7 @@ class Lens:
     layers: Layers = None
     top: int = 5
     track: tuple[tuple[int, ...], ...] = ()
-    norm: Literal["final", "none"] = "final"
+    norm: str = "final"
 
     def __post_init__(self) -> None:
         if self.norm not in ("final", "none"):

@@ -14,14 +14,15 @@ publishes one full forward for each layer and flow.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probe.attention import Call, listening
-from probe.edits import Edit, Knockout
+from probe.edits import Edit, Group, Knockout
 from probe.errors import ReplayError
 from probe.example import Example
 from probe.points import head_list, layer_list
@@ -33,6 +34,17 @@ Entry = Edit | Sequence[Edit]
 Entries = Sequence[Entry] | Callable[[TokenMap], Sequence[Entry]]
 
 
+def _alone(edit: Edit, token_map: TokenMap) -> Edit:
+    """The edit in explicit positions of the example without its padding."""
+
+    def places(group: Group) -> list[int]:
+        return [int(p) - token_map.first for p in token_map.positions(group) if token_map.segments[p] != "pad"]
+
+    if isinstance(edit, Knockout):
+        return replace(edit, rows=places(edit.rows), columns=places(edit.columns))
+    return replace(edit, positions=places(edit.positions))
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Logits of the last position: clean ones (example vocabulary), and for each example one row for each entry.
@@ -41,8 +53,8 @@ class Sweep:
     """
 
     encoded: Encoded
-    clean: Tensor
-    edited: tuple[Tensor, ...]  # for each example (entry vocabulary), float32
+    clean: Float[Tensor, "example vocabulary"]
+    edited: tuple[Float[Tensor, "entry vocabulary"], ...]  # one for each example, float32
     layer_rows: int
     clean_layer_rows: int
 
@@ -88,7 +100,8 @@ def _naive(subject: Subject, encoded: Encoded, wanted: list[list[tuple[Edit, ...
     clean = last_logits(subject, encoded)
     edited, runs = [], 0
     for i, each in enumerate(wanted):
-        alone = subject.encode(encoded.examples[i])
+        alone, token_map = subject.encode(encoded.examples[i]), encoded.maps[i]
+        each = [tuple(_alone(edit, token_map) for edit in edits) for edits in each]
         edited.append(torch.stack([trace(subject, alone, edit=edits).logits[0] for edits in each]) if each else clean[:0])
         runs += len(each)
     per_run = len(encoded.maps[0]) * subject.n_layers

@@ -5,6 +5,7 @@ Segments partition the positions of an encoded example. Everything that says "im
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -90,14 +91,14 @@ class TokenMap:
         """The first position that is not padding."""
         return int(np.nonzero(np.array(self.segments) != "pad")[0][0])
 
-    def positions(self, group: str | Iterable[int]) -> np.ndarray:
+    def positions(self, group: str | Iterable[SupportsIndex]) -> np.ndarray:
         """Sorted positions of a segment, of `last`, of `text` (everything real that is no medium), of `real`, or of a
         group that `with_groups` named.
 
         Raises TokenError for a group that does not exist.
         """
         if not isinstance(group, str):
-            chosen = np.unique(np.fromiter(group, dtype=np.int64))
+            chosen = np.unique(np.fromiter((int(position) for position in group), dtype=np.int64))
             if chosen.size and not (chosen[0] >= 0 and chosen[-1] < len(self)):
                 raise TokenError(f"positions run from 0 to {len(self) - 1}, not {chosen[0]} to {chosen[-1]}")
             return chosen
@@ -115,7 +116,7 @@ class TokenMap:
         known = (*SEGMENTS, "last", "text", "real", *self.groups)
         raise TokenError(f"there is no token group {group!r}{did_you_mean(group, known)}")
 
-    def with_groups(self, **groups: Iterable[int]) -> "TokenMap":
+    def with_groups(self, **groups: Iterable[SupportsIndex]) -> "TokenMap":
         """The same map with more named groups of positions; edits and recorders can then speak of them."""
         made = {name: tuple(int(p) for p in self.positions(list(positions))) for name, positions in groups.items()}
         return replace(self, groups={**self.groups, **made})

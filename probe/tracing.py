@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probe.attention import Call, RowAttention, attend_rows, listening, mix_values
@@ -39,7 +40,7 @@ class Trace:
     """What one forward pass recorded, each tensor with named dimensions, and the logits of each row's last position."""
 
     encoded: Encoded
-    logits: Tensor  # batch vocabulary, float32
+    logits: Float[Tensor, "batch vocabulary"]  # float32
     records: dict[str, Named]
 
     def __getitem__(self, name: str) -> Named:
@@ -74,7 +75,7 @@ def trace(
 
 
 @torch.no_grad()
-def last_logits(subject: Subject, encoded: Encoded) -> Tensor:
+def last_logits(subject: Subject, encoded: Encoded) -> Float[Tensor, "batch vocabulary"]:
     """Logits of each row's last position (batch vocabulary, float32); the unembedding runs on those positions only."""
     last = encoded.last
     options: dict[str, Any] = {"use_cache": False}

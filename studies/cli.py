@@ -63,9 +63,12 @@ def _quiet_libraries() -> None:
 def _load(model: str, device: str | None, dtype: str | None, device_map: str | None, trust: bool) -> Any:
     _quiet_libraries()
     import torch
+    from transformers.utils import logging
 
     from probe.errors import LoadError
     from probe.subject import load
+
+    logging.disable_progress_bar()
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:

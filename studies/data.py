@@ -3,8 +3,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,10 @@ def _from_line(line: str, number: int, path: Path) -> Example:
 
 
 def _example(fields: dict[str, Any]) -> Example:
-    regions = tuple(Region(tuple(r["box"]), r.get("label", ""), r.get("picture", 0)) for r in fields.get("regions", ()))
+    regions = tuple(
+        Region(tuple(float(side) for side in r["box"]), r.get("label", ""), r.get("picture", 0))
+        for r in fields.get("regions", ())
+    )
     return Example(**{
         **fields, "regions": regions, "choices": tuple(fields.get("choices", ())), "tags": dict(fields.get("tags", {})),
     })  # fmt: skip
@@ -117,17 +120,32 @@ def _datasets(source: str, limit: int | None, columns: dict[str, str]) -> Data:
         raise DataError(
             f"{source} has no column {wanted!r} (it has {', '.join(table.column_names)}): map fields with --columns prompt=question"
         )
-    found = [_from_row(row, number, columns) for number, row in enumerate(islice(table, limit))]
+    # Pictures stay on disk until an example is put to the model.
+    pictures = [name for name, kind in table.features.items() if _holds_pictures(kind, datasets.Image)]
+    words = table.remove_columns(pictures)
+    count = len(table) if limit is None else min(limit, len(table))
+    found = [_from_row(words[number], table, number, columns, pictures) for number in range(count)]
     return Data(source, tuple(found), str(table._fingerprint))
 
 
-def _from_row(row: dict[str, Any], number: int, columns: dict[str, str]) -> Example:
+def _holds_pictures(kind: Any, picture: type) -> bool:
+    return isinstance(kind, picture) or isinstance(getattr(kind, "feature", None), picture)
+
+
+def _from_row(row: dict[str, Any], table: Any, number: int, columns: dict[str, str], pictures: list[str]) -> Example:
     fields = {name: row[columns.get(name, name)] for name in _FIELDS if columns.get(name, name) in row}
-    single = columns.get("image", "image")
-    if "images" not in fields and single in row and row[single] is not None:
-        fields["images"] = (row[single],)
+    shown = next((c for c in (columns.get("images", "images"), columns.get("image", "image")) if c in pictures), None)
+    fields["images"] = ()
+    if shown is not None:
+        single = not hasattr(table.features[shown], "feature")
+        count = 1 if single else len(table[number][shown])
+        fields["images"] = tuple(partial(_cell, table, number, shown, None if single else i) for i in range(count))
     fields["id"] = str(fields.get("id", number))
-    fields["images"] = tuple(fields.get("images") or ())
     if isinstance(fields.get("answer"), list):
         fields["answer"] = fields["answer"][0] if fields["answer"] else None
     return _example(fields)
+
+
+def _cell(table: Any, number: int, column: str, index: int | None) -> Any:
+    found = table[number][column]
+    return found if index is None else found[index]

@@ -213,7 +213,7 @@ def _lens(subject: Subject, encoded: Encoded, told: list[str], plan: Plan) -> Le
         wrong = next((choice for choice in example.choices if choice != right), "")
         same_case = wrong.capitalize() if answer[:1].isupper() else wrong
         track.append(tuple(subject.first_tokens([right.lower(), right.capitalize(), same_case or right])))
-    return Lens(track=tuple(track), norm=plan.norm)  # type: ignore[arg-type]
+    return Lens(track=tuple(track), norm=plan.norm)
 
 
 def _recorded_rows(recorded: Any, plan: Plan, i: int, token_map: TokenMap) -> list[dict[str, Any]]:

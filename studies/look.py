@@ -107,10 +107,15 @@ def _figures(run: Run, subject: Subject, example: Example, found: Trace, token_m
     add("mass", plots.mass_figure(by_layer, groups), plots.mass_page(by_layer, groups),
         "How the attention of the last position is shared among the segments, heads averaged.")  # fmt: skip
     ids, probs = found["lens_top_ids"].tensor[:, 0, 0], found["lens_top_probs"].tensor[:, 0, 0].numpy()
-    words = [[subject.tokenizer.decode([int(token)]).strip() or "·" for token in layer] for layer in ids]
+    words = [[_printable(subject.tokenizer.decode([int(token)])) for token in layer] for layer in ids]
     add("lens", plots.lens_figure(words, probs), plots.lens_page(words, probs),
         "The logit lens: what the final norm and the unembedding make of each layer at the last position.")  # fmt: skip
     return lines
+
+
+def _printable(token: str) -> str:
+    """A token as a figure can show it: control characters and pieces of a character become a dot."""
+    return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in token.strip()) or "·"
 
 
 def _on_grid(row: np.ndarray, grid: Grid) -> np.ndarray:

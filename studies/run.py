@@ -116,7 +116,9 @@ class Run:
 
     def rows(self, keys: Iterable[str]) -> pa.Table:
         """All rows of some units, in the order of the keys."""
-        return pa.concat_tables([pq.read_table(self.part(key), schema=self.schema) for key in keys])
+        words = [field.name for field in self.schema if pa.types.is_string(field.type)]
+        parts = [pq.read_table(self.part(key), schema=self.schema, read_dictionary=words) for key in keys]
+        return pa.concat_tables(parts).unify_dictionaries()
 
     # --- results ---
 

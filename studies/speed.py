@@ -6,6 +6,10 @@ output_attentions, a replayed three-flow sweep, and the naive loop of one masked
 """
 
 import gc
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ import torch
 
 from probe.analysis.flow import FLOWS, default_window
 from probe.edits import Knockout, window
+from probe.errors import StudyError
 from probe.recorders import Mass, Recorder, Rows
 from probe.replay import sweep
 from probe.subject import Encoded, Subject
@@ -41,6 +46,7 @@ def speed(
     question: int = 24,
     rounds: int = 7,
     naive_rounds: int = 3,
+    stream: int = 512,
     out: Path | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -50,7 +56,8 @@ def speed(
     """What do tracing and replaying cost, next to a plain forward pass and to the naive way?
 
     The sizes are arguments: `--layers 32 --width 4096 --heads 32 --kv-heads 32 --ffn 11008 --vocabulary 32064 --device cuda
-    --dtype bfloat16` is a 7B shape. `image_side` is the grid's side in patches, `question` the number of words.
+    --dtype bfloat16` is a 7B shape. `image_side` is the grid's side in patches, `question` the number of words. `stream` is how many examples of the
+    demo's data the memory of a whole study is measured with, against 32 (0 leaves it out).
     """
     from studies.speed_model import example, llava_shaped
 
@@ -78,13 +85,12 @@ def speed(
     seconds |= naive
     peaks = {name: _peak(timed[name], target) for name in ("forward", "trace", "eager")}
     summary = _summarise(subject, encoded, entries, seconds, peaks, timed, sizes)
+    summary |= _streamed(stream, quiet) if stream else {}
     summary["run"] = str(run.folder)
     rows = [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
     run.write("all", rows + [{"what": f"peak {name}", "bytes": float(peak)} for name, peak in peaks.items()])
     run.finish(summary, _report(summary))
     if not quiet:
-        import sys
-
         print(_table(summary), file=sys.stderr)
     return summary
 
@@ -151,6 +157,39 @@ def _tensor_peak(call: Callable[[], Any]) -> int:
     return peak
 
 
+def _streamed(examples: int, quiet: bool) -> dict[str, float]:
+    """Peak memory of the information-flow study on the demo, each size in a process of its own: many examples over 32."""
+    peaks = {}
+    with progress("memory of a whole study", 2, quiet, "runs") as advance, tempfile.TemporaryDirectory() as folder:
+        for count in (32, examples):
+            out = str(Path(folder) / str(count))
+            command = [
+                sys.executable,
+                "-m",
+                "studies.cli",
+                "study",
+                "information-flow",
+                "--limit",
+                str(count),
+                "--out",
+                out,
+                "--quiet",
+            ]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise StudyError(
+                    f"the information-flow study failed with {count} examples (exit code {os.waitstatus_to_exitcode(status)})"
+                )
+            peaks[count] = usage.ru_maxrss
+            advance(1)
+    return {
+        "stream_examples": examples,
+        "stream_memory_ratio": peaks[examples] / peaks[32],
+        "stream_peak_mib": peaks[examples] / 1024,
+    }
+
+
 def _summarise(
     subject: Subject, encoded: Encoded, entries: list[Knockout], seconds: dict[str, list[float]], peaks: dict[str, int],
     timed: dict[str, Callable[[], Any]], sizes: dict[str, Any],
@@ -189,6 +228,14 @@ def _table(summary: Summary) -> str:
         ("naive loop / replayed sweep", summary["sweep_speedup"], "at least 18"),
         ("largest difference of the logits", summary["sweep_max_difference"], "at most 1e-5 in float32"),
     ]
+    if "stream_memory_ratio" in summary:
+        rows.append(
+            (
+                f"peak memory of a study, {summary['stream_examples']} examples / 32",
+                summary["stream_memory_ratio"],
+                "at most 1.05",
+            )
+        )
     lines = [f"{name:<52}{value:>12.3g}   {goal}" for name, value, goal in rows]
     for name, (low, middle, high) in summary["seconds"].items():
         lines.append(f"{name:<52}{middle * 1e3:>9.1f} ms   quartiles {low * 1e3:.1f} to {high * 1e3:.1f}")

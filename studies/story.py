@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from probe.analysis.stats import wilson
-from probe.subject import Subject, load
-from studies.data import Data, load_data
+from probe.subject import load
+from studies.data import load_data
 from studies.demo.data import chance
+from studies.demo.score import accuracy
 from studies.information_flow import information_flow
 from studies.look import look
 from studies.study import Setting, progress
@@ -24,7 +25,8 @@ def tell(out: Path | None, limit: int, quiet: bool, say: Callable[[str], None]) 
     say(f"Held-out accuracy ({limit} questions; unseen combinations, unseen handwriting)")
     for name, source in TOLD.items():
         subject, data = load(name), load_data(source, limit)
-        kinds = accuracy(subject, data, quiet)
+        with progress(name, len(data), quiet) as advance:
+            kinds = accuracy(subject, data.examples, advance=advance)
         hits, n = kinds["all"]
         low, high = wilson(hits, n)
         accuracies[name] = {"accuracy": hits / n, "low": low, "high": high, "n": n, "chance": chance(list(data.examples)),
@@ -46,18 +48,3 @@ def tell(out: Path | None, limit: int, quiet: bool, say: Callable[[str], None]) 
     )
     say(f"\none question looked at: {seen['run']}/report.md")
     return {"accuracy": accuracies, "information_flow": flow["run"], "trace": seen["run"], "report": f"{flow['run']}/report.md"}
-
-
-def accuracy(subject: Subject, data: Data, quiet: bool = True, batch: int = 32) -> dict[str, tuple[int, int]]:
-    """Hits and questions of each kind, `all` last: the generated answer, stripped and in lower case, is the right one."""
-    tally: dict[str, list[int]] = {}
-    with progress(subject.name, len(data), quiet) as advance:
-        for start in range(0, len(data), batch):
-            examples = data.examples[start : start + batch]
-            for example, said in zip(examples, subject.generate(examples, 4), strict=True):
-                for key in (example.tags.get("kind", ""), "all"):
-                    entry = tally.setdefault(key, [0, 0])
-                    entry[0] += said.lower() == example.answer
-                    entry[1] += 1
-            advance(len(examples))
-    return {key: (tally[key][0], tally[key][1]) for key in sorted(tally, key=lambda k: k == "all")}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probe.analysis.stats import resampled_means
@@ -54,7 +54,7 @@ class Change(NamedTuple):
     kl: np.ndarray  # KL(before || after) over the vocabulary, nats
 
 
-def change(clean: Tensor, edited: Tensor, token: int) -> Change:
+def change(clean: Float[Tensor, " vocabulary"], edited: Float[Tensor, "entry vocabulary"], token: int) -> Change:
     """Compares the logits of edited runs (entry vocabulary) with the clean run's (vocabulary) at one token."""
     clean, edited = clean.double(), edited.double()
     log_before, log_after = clean.log_softmax(-1), edited.log_softmax(-1)
@@ -80,7 +80,7 @@ class Cutoff:
     tolerance: float
 
 
-def cutoff_layer(relative: np.ndarray, tolerance: float = 2.0, seed: int = 0) -> Cutoff:
+def cutoff_layer(relative: Float[np.ndarray, "example layer"], tolerance: float = 2.0, seed: int = 0) -> Cutoff:
     """The cumulative cut-off depth.
 
     `relative` (example layer): percent change of the answer's probability when the image is hidden from layer l on. The
@@ -93,16 +93,11 @@ def cutoff_layer(relative: np.ndarray, tolerance: float = 2.0, seed: int = 0) ->
     return Cutoff(_first_quiet(relative.mean(0), tolerance), int(np.floor(low)), int(np.ceil(high)), tolerance)
 
 
-def _first_quiet(change: np.ndarray, tolerance: float) -> int:
+def _first_quiet(change: Float[np.ndarray, " layer"], tolerance: float) -> int:
     loud = np.nonzero(np.abs(change) > tolerance)[0]
     return int(loud[-1]) + 1 if len(loud) else 0
 
 
-def window_mean(mass: np.ndarray, windows: list[range]) -> np.ndarray:
+def window_mean(mass: Float[np.ndarray, "*any layer"], windows: list[range]) -> Float[np.ndarray, "*any window"]:
     """Per-layer masses (... layer) averaged over each window's layers (... window)."""
     return np.stack([mass[..., list(layers)].mean(-1) for layers in windows], -1)
-
-
-def first_token(logits: Tensor) -> int:
-    """The token that greedy decoding starts its answer with (vocabulary)."""
-    return int(torch.argmax(logits))

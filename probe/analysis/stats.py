@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 RESAMPLES = 2000
@@ -11,12 +12,12 @@ RESAMPLES = 2000
 class Interval(NamedTuple):
     """A mean (or median) and the ends of its 95 % interval, each an array over the trailing dimensions."""
 
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    value: np.ndarray | np.floating
+    low: np.ndarray | np.floating
+    high: np.ndarray | np.floating
 
 
-def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_mean(values: Float[np.ndarray, "example *rest"], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Mean over the first axis with a 95 % percentile bootstrap interval; NaN entries are left out.
 
     `values` (example ...). With fewer than two examples the interval is the value itself.
@@ -29,7 +30,9 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES
     return Interval(mean, low, high)
 
 
-def resampled_means(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+def resampled_means(
+    values: Float[np.ndarray, "example *rest"], seed: int = 0, resamples: int = RESAMPLES
+) -> Float[np.ndarray, "resample *rest"]:
     """Means over resampled examples (resample ...): weights of a multinomial draw, one product for all resamples."""
     rng = np.random.default_rng(seed)
     count = len(values)
@@ -49,7 +52,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
+def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
     """Rank correlation of two series; NaN where one of them is constant or shorter than three."""
     known = ~(np.isnan(a) | np.isnan(b))
     a, b = a[known], b[known]

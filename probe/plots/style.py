@@ -20,12 +20,10 @@ LAYOUT: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[Any]:
-    """matplotlib.pyplot without a display, in the house style; global settings are left alone."""
-    import matplotlib
+    """Matplotlib's Figure, without a display, in the house style; global settings are left alone."""
+    import matplotlib.figure
 
     with matplotlib.rc_context(RC):
-        import matplotlib.figure
-
         yield matplotlib.figure.Figure
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from studies.demo import picture, world
@@ -31,7 +32,7 @@ class Diet:
     long: float = 0.5  # share of long phrasings
     bare: float = 0.0  # share of questions without suffix and header: the answer follows the question's last word
     unsuffixed: float = 0.15  # share of the other questions without the answer-format suffix
-    most: int = 7  # things in a scene
+    sizes: tuple[int, int] = (3, 7)  # things in a scene
     moving: float = 0.0  # share of scenes in which things move
     held_out: bool = False
 
@@ -46,6 +47,7 @@ class Batch:
     answers: Tensor  # batch position: True where the token is part of an answer
     pixels: Tensor | None  # batch 3 height width
     presence: Tensor  # batch (colour x name), 1 where the scene holds that combination
+    cells: Tensor  # (batch, cell, 2): colour and name of what stands in each cell, one past the last where nothing does
     phrases: Tensor  # (batch, position, 4): colour, name, cell and move at the end of each phrase of a twin, -1 elsewhere
     questions: list[list[world.Question]]
 
@@ -69,12 +71,12 @@ class Batcher:
         pixels = None
         if telling == "picture":
             pixels = torch.stack([pixels_of(scene, diet.held_out) for scene in scenes])
-        return _pad(rows, pixels, torch.stack([_presence(scene) for scene in scenes]), asked)
+        return _pad(rows, pixels, scenes, asked)
 
     def _asked(self, diet: Diet) -> tuple[world.Scene, list[world.Question]]:
         """A scene and questions about it; a scene that allows none of the kinds is passed over."""
         while True:
-            scene = world.sample_scene(self.rng, diet.held_out, self.rng.random() < diet.moving, diet.most)
+            scene = world.sample_scene(self.rng, diet.held_out, self.rng.random() < diet.moving, diet.sizes)
             questions = [world.ask(self.rng, scene, diet.kinds, diet.long) for _ in range(diet.questions)]
             if None not in questions:
                 return scene, [question for question in questions if question]
@@ -105,7 +107,7 @@ class Batcher:
 def pixels_of(scene: world.Scene, held_out: bool) -> Tensor:
     """The picture as the demo's image processor gives it: averaged to 64 x 64, (x / 255 - 0.25) / 0.25."""
     image, _ = picture.draw(scene, held_out)
-    small = np.asarray(image.reduce(picture.SIZE // INPUT), np.float32)
+    small = np.asarray(image.resize((INPUT, INPUT), Image.Resampling.BOX), np.float32)
     return torch.from_numpy((small / 255 - 0.25) / 0.25).permute(2, 0, 1)
 
 
@@ -121,7 +123,7 @@ def _presence(scene: world.Scene) -> Tensor:
     return table.flatten()
 
 
-def _pad(rows: list[tuple], pixels: Tensor | None, presence: Tensor, questions: list) -> Batch:
+def _pad(rows: list[tuple], pixels: Tensor | None, scenes: list[world.Scene], questions: list) -> Batch:
     length = max(len(row[0]) for row in rows)
 
     def column(index: int, fill: int) -> Tensor:
@@ -136,5 +138,13 @@ def _pad(rows: list[tuple], pixels: Tensor | None, presence: Tensor, questions: 
     same = (blocks[:, None, :] == blocks[:, :, None]) | (blocks[:, None, :] == 0)
     return Batch(
         ids=column(0, 0), positions=column(1, 0), mask=(causal & same)[:, None], answers=column(3, 0).bool(),
-        pixels=pixels, presence=presence, phrases=phrases, questions=questions,
+        pixels=pixels, presence=torch.stack([_presence(scene) for scene in scenes]),
+        cells=torch.stack([_cells(scene) for scene in scenes]), phrases=phrases, questions=questions,
     )  # fmt: skip
+
+
+def _cells(scene: world.Scene) -> Tensor:
+    table = torch.tensor([[len(world.COLOURS), len(world.NAMES)]] * len(world.CELLS))
+    for thing in scene.things:
+        table[thing.cell] = torch.tensor([world.COLOURS.index(thing.colour), world.NAMES.index(thing.name)])
+    return table

@@ -1,6 +1,6 @@
 """The demo models before training: tokenizer, chat template, processor and the Hugging Face configurations."""
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -16,7 +16,7 @@ from studies.demo.world import ANSWERS, ASKERS, CELLS, COLOURS, NAMES
 
 SYSTEM = "A chat about one scene."
 
-WIDTH, LAYERS, TOWER_LAYERS = 96, 8, 5
+WIDTH, LAYERS, TOWER_LAYERS = 128, 8, 5
 INPUT, PATCH = 64, 8  # the tower sees 64 x 64 pixels as 8 x 8 patches
 INIT = WIDTH**-0.5  # 0.02 leaves so narrow a model on a plateau for thousands of steps
 
@@ -82,6 +82,9 @@ _GRAMMAR = [
 ]
 
 
+_OPENING = ("what", "where", "how", "is", "are", "which", "count", "thing", "color", "place", "any", "same", "direction")
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every word of the world is one token, and any other text still has tokens."""
     words = [*_GRAMMAR, *COLOURS, *NAMES, *CELLS, *ANSWERS, *(answer.capitalize() for answer in ANSWERS), *ASKERS]
@@ -89,6 +92,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     split = pre_tokenizers.Split(Regex(r" ?[\p{L}\p{N}]+[:.]?| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    # People write line breaks, "circle?" and "What"; the world writes one space, "circle ?" and "what".
+    opening = [normalizers.Replace(Regex(rf"\b{word.capitalize()}\b"), word) for word in _OPENING]
+    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Replace(Regex(r"(?<! )\?"), " ?")]
+    backend.normalizer = normalizers.Sequence([*spaces, *opening])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=4000,
@@ -118,25 +125,19 @@ def processor() -> LlavaProcessor:
 def text_config(vocabulary: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=LAYERS,
-        num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=512, initializer_range=INIT,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=INIT,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
 
 
 def language_model(vocabulary: int) -> LlamaForCausalLM:
-    """A Llama whose token identities outweigh what untrained layers add, so that layers learn to match tokens early."""
-    model = LlamaForCausalLM(text_config(vocabulary))
-    model.model.embed_tokens.weight.data.normal_(0, 1.0)
-    for layer in model.model.layers:
-        for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            out.weight.data.mul_((2 * LAYERS) ** -0.5)
-    return model
+    return LlamaForCausalLM(text_config(vocabulary))
 
 
 def llava(vocabulary: int, image_token_id: int) -> LlavaForConditionalGeneration:
     """LLaVA with a CLIP tower; the projector reads the last layer's patches, the CLS token stays in the tower."""
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=TOWER_LAYERS, num_attention_heads=6,
+        hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=TOWER_LAYERS, num_attention_heads=4,
         image_size=INPUT, patch_size=PATCH, projection_dim=WIDTH,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(

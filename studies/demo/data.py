@@ -1,8 +1,10 @@
 """The bundled world as a data set: held-out scenes as Examples, told in pictures or in sentences."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from probe.example import Example, Region
 from studies.demo import picture, world
@@ -32,9 +34,13 @@ def _example(number: int, scene: world.Scene, question: world.Question, telling:
     }  # fmt: skip
     if telling == "text":
         return Example(**common, context=world.twin(scene))
-    image, boxes = picture.draw(scene, held_out=True)
+    boxes = picture.draw(scene, held_out=True)[1]
     regions = tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in question.about)
-    return Example(**common, images=(image,), regions=regions)
+    return Example(**common, images=(partial(_picture, scene),), regions=regions)
+
+
+def _picture(scene: world.Scene) -> Image.Image:
+    return picture.draw(scene, held_out=True)[0]
 
 
 def chance(items: list[Example]) -> float:

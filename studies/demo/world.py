@@ -80,9 +80,11 @@ class Question:
     options: tuple[str, ...] = ()
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool = False, moving: bool = False, most: int = 7) -> Scene:
-    """A random scene of 3 to `most` things; with `held_out`, at least one of them is a combination training never shows."""
-    count = int(rng.integers(3, most + 1))
+def sample_scene(
+    rng: np.random.Generator, held_out: bool = False, moving: bool = False, sizes: tuple[int, int] = (3, 7)
+) -> Scene:
+    """A random scene of 3 to 7 things; with `held_out`, at least one of them is a combination training never shows."""
+    count = int(rng.integers(sizes[0], sizes[1] + 1))
     palette = rng.choice(len(COLOURS), size=int(rng.integers(2, 7)), replace=False)
     cells = rng.choice(len(CELLS), size=count, replace=False)
     things: list[Thing] = []

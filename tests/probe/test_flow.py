@@ -43,14 +43,14 @@ def test_golden_change():
 def test_golden_cutoff():
     # two examples, four layers: the mean change is -50, -10, -1, 0 percent
     relative = np.array([[-60.0, -12.0, -1.0, 0.0], [-40.0, -8.0, -1.0, 0.0]])
-    assert cutoff_layer(relative, tolerance=2).layer == 2
+    assert cutoff_layer(relative, tolerance=2.0).layer == 2
     assert cutoff_layer(relative, tolerance=0.5).layer == 3
-    assert cutoff_layer(relative, tolerance=15).layer == 1
-    assert cutoff_layer(relative, tolerance=100).layer == 0
-    assert cutoff_layer(np.array([[0.0, 0.0, -9.0]]), tolerance=2).layer == 3  # matters to the end
+    assert cutoff_layer(relative, tolerance=15.0).layer == 1
+    assert cutoff_layer(relative, tolerance=100.0).layer == 0
+    assert cutoff_layer(np.array([[0.0, 0.0, -9.0]]), tolerance=2.0).layer == 3  # matters to the end
     bump = np.array([[-30.0, 0.0, -5.0, 0.0]])
-    assert cutoff_layer(bump, tolerance=2).layer == 3  # quiet in between does not count
-    found = cutoff_layer(relative, tolerance=10)
+    assert cutoff_layer(bump, tolerance=2.0).layer == 3  # quiet in between does not count
+    found = cutoff_layer(relative, tolerance=10.0)
     assert found.low <= found.layer <= found.high
 
 
@@ -68,7 +68,7 @@ def test_flows_are_the_published_six():
         "other->question",
     ]
     assert flow_edges("image->question") == ("question", "image")
-    with pytest.raises(EditError, match="there is no flow 'image->lst' .did you mean 'image->last'"):
+    with pytest.raises(EditError, match=r"there is no flow 'image->lst' .did you mean 'image->last'"):
         flow_edges("image->lst")
 
 

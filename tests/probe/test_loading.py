@@ -110,13 +110,13 @@ def test_a_folder_that_is_not_there():
 
 
 def test_a_demo_model_that_is_not_there():
-    with pytest.raises(LoadError, match="there is no demo model 'demo:nothing' .there is "):
+    with pytest.raises(LoadError, match=r"there is no demo model 'demo:nothing' .there is "):
         load("demo:nothing")
 
 
 def test_a_text_only_model_is_not_shown_pictures(pair):
     subject = load(toys.build("llama"))
-    with pytest.raises(ExampleError, match="is a text-only model .llama.: example 'a' shows it 1 picture"):
+    with pytest.raises(ExampleError, match=r"is a text-only model .llama.: example 'a' shows it 1 picture"):
         subject.encode(pair[0])
     assert subject.generate(pair[0].without_images(), 2)
 
@@ -148,7 +148,8 @@ def test_a_model_without_layers_is_refused_with_the_row_to_add():
     model, _ = toys.build("llama")
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(
-        AnatomyError, match="no decoder layers was found in the architecture 'llama': add a row for it to probe/anatomy/rows.py"
+        AnatomyError,
+        match=r"no decoder layers was found in the architecture 'llama': add a row for it to probe/anatomy/rows.py",
     ):
         resolve(model)
 

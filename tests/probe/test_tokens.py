@@ -180,9 +180,9 @@ def test_covering_is_the_obvious_overlap(box, rows, columns):
 
 def test_unknown_geometry_is_refused_by_name(toy):
     token_map = TokenMap(("bos", "image", "question"), geometry=False)
-    with pytest.raises(TokenError, match="no known place in the picture: add its geometry to probe/anatomy/rows.py"):
-        token_map.in_boxes([Region((0, 0, 1, 1))])
-    with pytest.raises(TokenError, match="there is no token group 'imag' .did you mean 'image'"):
+    with pytest.raises(TokenError, match=r"no known place in the picture: add its geometry to probe/anatomy/rows.py"):
+        token_map.in_boxes([Region((0.0, 0.0, 1.0, 1.0))])
+    with pytest.raises(TokenError, match=r"there is no token group 'imag' .did you mean 'image'"):
         token_map.positions("imag")
     with pytest.raises(TokenError, match="positions run from 0 to 2, not 5 to 5"):
         token_map.positions([5])
@@ -220,6 +220,6 @@ def test_an_empty_prompt_is_refused(prompt):
 
 def test_a_region_needs_its_picture_and_an_area():
     with pytest.raises(ExampleError, match="has a region in picture 0 but 0 pictures"):
-        Example("a", "what ?", regions=(Region((0, 0, 1, 1)),))
+        Example("a", "what ?", regions=(Region((0.0, 0.0, 1.0, 1.0)),))
     with pytest.raises(ExampleError, match="left < right and top < bottom"):
-        Region((3, 0, 3, 1))
+        Region((3.0, 0.0, 3.0, 1.0))

@@ -287,7 +287,7 @@ def test_cuda_gives_the_cpus_masses(pair):
     ],
 )
 def test_what_a_recorder_cannot_record_is_refused_in_one_sentence(toy, pair, make, message):
-    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
+    with pytest.raises(ValueError, match=r"^" + message.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
         trace(toy("llava"), pair, [make()])
 
 

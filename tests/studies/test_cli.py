@@ -1,0 +1,136 @@
+"""The command: what it prints, how it fails, and that it starts without torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from studies.cli import app
+from studies.study import STUDIES
+from tests import toys
+
+run = CliRunner().invoke
+
+
+def last_line(result):
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_the_command_starts_without_torch():
+    code = "import studies.cli, dashboards, sys; sys.exit(sum(m in sys.modules for m in ('torch', 'transformers', 'streamlit', 'nnsight')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    # and the check can fail
+    assert subprocess.run([sys.executable, "-c", "import probe.subject; " + code], check=False).returncode >= 1
+
+
+def test_studies_and_models_are_listed_as_json():
+    found = last_line(run(app, ["studies", "--json"]))
+    assert [row["name"] for row in found] == list(STUDIES)
+    assert all(row["question"] for row in found)
+    table = last_line(run(app, ["models", "--json"]))
+    assert len(table) == 6
+    assert set(table[0]) == {"family", "model_type", "capabilities"}
+    for row in table:
+        assert all(v == "pass" or v.startswith(("not applicable: ", "refused: ")) for v in row["capabilities"].values())
+    text = run(app, ["models"]).stdout
+    assert "Qwen2.5-VL" in text
+
+
+def test_trace_says_what_it_saw(stranger, tmp_path):
+    toys.picture(70, 100).save(tmp_path / "p.png")
+    result = run(app, ["trace", str(stranger), "--image", str(tmp_path / "p.png"), "--prompt", "what color is the circle?", "--out",
+                       str(tmp_path / "r"), "--device", "cpu", "--json"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = last_line(result)
+    assert set(found) == {"run", "answer", "n_positions", "segments"}
+    assert sum(s["stop"] - s["start"] for s in found["segments"]) == found["n_positions"] == 78
+    assert [s["segment"] for s in found["segments"]] == ["bos", "system", "image", "question", "header"]
+    for name in ("tokens", "attention", "mass", "lens"):
+        assert (tmp_path / "r/figures" / f"{name}.png").stat().st_size > 3000
+    assert "what color is the circle?" in (tmp_path / "r/report.md").read_text()
+
+
+def test_study_runs_from_the_shell(stranger, tmp_path):
+    result = run(app, ["study", "information-flow", "--model", str(stranger), "--limit", "2", "--out", str(tmp_path / "r"), "--quiet", "--json",
+                       "--device", "cpu", "--flows", "image->last", "--window-width", "2", "--no-only-correct"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = last_line(result)
+    assert found["window"] == 2
+    assert list(found["flows"]) == ["image->last"]
+
+
+FAILING = {
+    "unknown study": (
+        ["study", "information-flw"],
+        1,
+        "there is no study 'information-flw' (did you mean 'information-flow'?)",
+    ),
+    "unknown option": (
+        ["study", "information-flow", "--windw-width", "3"],
+        2,
+        "there is no option '--windw-width' (did you mean '--window-width'?)",
+    ),
+    "unknown data": (["study", "information-flow", "--data", "dmo"], 1, "there is no data set 'dmo'"),
+    "no limit": (["study", "information-flow", "--limit", "0"], 1, "a limit of 0 leaves no examples"),
+    "unknown model": (["study", "information-flow", "--model", "/nowhere"], 1, "there is no model folder at /nowhere"),
+    "unknown dtype": (["trace", "demo", "--prompt", "x", "--dtype", "int3"], 1, "there is no dtype 'int3': name float32"),
+    "unknown command": (["studdy"], 2, "No such command 'studdy'"),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_errors_are_one_sentence_and_an_exit_code(case):
+    arguments, code, message = FAILING[case]
+    result = run(app, arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_there_were_seven_failures():
+    assert len(FAILING) == 7
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "has an empty prompt: it needs a question"),
+        ("<image> and <image>", "has 2 places for pictures (<image>) but 1 picture(s) came with it"),
+    ],
+)
+def test_a_bad_prompt_writes_nothing(stranger, tmp_path, prompt, message):
+    toys.picture().save(tmp_path / "p.png")
+    result = run(
+        app,
+        [
+            "trace",
+            str(stranger),
+            "--image",
+            str(tmp_path / "p.png"),
+            "--prompt",
+            prompt,
+            "--out",
+            str(tmp_path / "r"),
+            "--device",
+            "cpu",
+        ],
+    )
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "r").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run(app, ["trace", "/nowhere", "--prompt", "x", "--debug"])
+    assert result.exit_code == 1
+    assert "Traceback" in result.output
+
+
+def test_doctor_answers():
+    found = last_line(run(app, ["doctor", "--json"]))
+    assert found["torch"]
+    assert found["tracing"].startswith(
+        ("a traced forward pass gives the plain one's logits, bit for bit", "failed: there is no demo model")
+    )

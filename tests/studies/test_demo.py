@@ -1,0 +1,236 @@
+"""The bundled world: scenes, twins and pictures say the same; the committed models know what their card says."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from probe import Example, Knockout, Lens, load, trace
+from probe.tracing import last_logits
+from studies.demo import build, data, picture, world
+from studies.demo.batches import Batcher, Diet
+from studies.demo.score import accuracy
+from studies.demo.train import CHECKPOINTS, Pupil
+
+CARD = json.loads((CHECKPOINTS / "card.json").read_text())
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def test_training_never_shows_a_held_out_combination_and_held_out_scenes_always_do(rng):
+    assert len(world.HELD_OUT) == 16
+    for _ in range(300):
+        assert not {(t.colour, t.name) for t in world.sample_scene(rng).things} & world.HELD_OUT
+        assert {(t.colour, t.name) for t in world.sample_scene(rng, held_out=True).things} & world.HELD_OUT
+
+
+def test_handwriting_is_split():
+    shown, kept = picture.handwriting(False), picture.handwriting(True)
+    assert sum(map(len, shown)) + sum(map(len, kept)) == 1797
+    assert min(map(len, kept)) > 20
+    for digit in range(10):
+        a = {image.tobytes() for image in shown[digit]}
+        assert not a & {image.tobytes() for image in kept[digit]}
+
+
+def test_answers_follow_from_the_scene_in_both_phrasings(rng):
+    seen: Counter[tuple[str, str]] = Counter()
+    for _ in range(3000):
+        scene = world.sample_scene(rng, moving=rng.random() < 0.3)
+        q = world.ask(rng, scene, tuple(world.ASKERS))
+        if q is None:
+            continue
+        seen[q.kind, q.phrasing] += 1
+        assert q.answer in world.ANSWERS
+        assert q.answer != q.distractor
+        about = q.about
+        match q.kind:
+            case "color":
+                assert [about[0]] == scene.named(about[0].name)
+                assert q.answer == about[0].colour
+            case "thing":
+                assert [about[0]] == scene.coloured(about[0].colour)
+                assert q.answer == about[0].name
+            case "count":
+                assert int(q.answer) == len(about) == sum(t.colour in q.text.split() for t in scene.things)
+            case "exist":
+                assert (q.answer == "yes") == bool(about) == any(t.name in q.text.split() for t in scene.things)
+            case "place":
+                assert q.answer == world.CELLS[about[0].cell]
+            case "relation":
+                a, b = about
+                truth = {
+                    "left": a.column < b.column,
+                    "right": a.column > b.column,
+                    "above": a.row < b.row,
+                    "below": a.row > b.row,
+                }
+                assert truth[q.answer]
+            case "compare":
+                assert (q.answer == "yes") == (about[0].colour == about[1].colour)
+            case "direction":
+                assert q.answer == about[0].move
+    assert len(seen) == 16  # eight kinds in two phrasings
+    assert min(seen.values()) > 20
+
+
+def test_popes_splits_ask_for_different_things(rng):
+    absent: dict[str, Counter[str]] = {"random": Counter(), "popular": Counter(), "adversarial": Counter()}
+    company = total = 0
+    for _ in range(4000):
+        scene = world.sample_scene(rng)
+        q = world.ask_existence(rng, scene, 0.0)
+        if q.answer == "no":
+            name = q.text.split()[-1]
+            absent[q.split][name] += 1
+            if q.split == "adversarial":
+                total += 1
+                company += any(world.COMPANION[t.name] == name for t in scene.things)
+    assert company / total > 0.9
+    share = {
+        split: sum(counts[name] for name in ("circle", "square", "one")) / counts.total() for split, counts in absent.items()
+    }
+    assert share["popular"] > 2 * share["random"]
+
+
+def test_pictures_are_the_same_each_time_and_boxes_hold_the_colour(rng):
+    for _ in range(40):
+        scene = world.sample_scene(rng)
+        image, boxes = picture.draw(scene)
+        again, _ = picture.draw(scene)
+        assert np.array_equal(np.asarray(image), np.asarray(again))
+        pixels = np.asarray(image, np.float64)
+        for thing, (left, top, right, bottom) in boxes.items():
+            assert thing.column * picture.CELL <= left < right <= (thing.column + 1) * picture.CELL
+            assert thing.row * picture.CELL <= top < bottom <= (thing.row + 1) * picture.CELL
+            inside = pixels[int(top) : int(bottom), int(left) : int(right)].reshape(-1, 3)
+            distance = np.abs(inside - np.array(picture.RGB[thing.colour])).max(1)
+            assert (distance < 70).mean() > 0.08
+
+
+def test_every_word_of_the_world_is_one_token_and_other_words_still_have_tokens():
+    tokenizer = build.tokenizer()
+    words = {
+        *world.ANSWERS,
+        *(a.capitalize() for a in world.ANSWERS),
+        *["what", "color", "is", "the", "how", "many", "things", "are"],
+    }
+    for word in words:
+        assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1, word
+    people, world_words = "What color is\nthe circle?", "what color is the circle ?"
+    assert tokenizer.encode(f" {people}") == tokenizer.encode(f" {world_words}")
+    assert tokenizer.decode(tokenizer.encode("zebra é 猫", add_special_tokens=False)) == "zebra é 猫"
+
+
+def test_training_sees_what_the_processor_gives_and_asks_as_the_model_is_asked(stranger):
+    """A row of many questions trains each exactly as it will be asked: alone, through the real processor and model."""
+    subject = load(stranger, device="cpu")
+    batcher = Batcher(subject.tokenizer, 0)
+    batch = batcher.draw(Diet(rows=3, questions=4, unsuffixed=0.0), "picture")
+    pupil = Pupil(subject.model)
+    with torch.no_grad():
+        logits, _ = pupil(batch)
+    first = logits[::2].view(3, 4, -1)
+    scenes = _scenes_of(Diet(rows=3, questions=4, unsuffixed=0.0), subject.tokenizer)
+    for row, (scene, questions) in enumerate(scenes):
+        image, _ = picture.draw(scene)
+        for column, question in enumerate(questions):
+            alone = last_logits(subject, subject.encode(Example("x", question.text, (image,), suffix=data.SUFFIX)))
+            torch.testing.assert_close(first[row, column], alone[0], atol=1e-4, rtol=0)
+            assert first[row, column].argmax() == alone[0].argmax()
+
+
+def _scenes_of(diet, tokenizer):
+    batcher = Batcher(tokenizer, 0)
+    return [batcher._asked(diet) for _ in range(diet.rows)]
+
+
+@pytest.mark.parametrize(
+    ("name", "telling", "least"), [("demo:text", "text", 0.95), ("demo:frozen", "picture", 0.90), ("demo", "picture", 0.97)]
+)
+def test_the_models_know_what_they_should(name, telling, least):
+    """A sample of what the card states, through the real processor: with 140 questions, three standard errors of room."""
+    subject = load(name, device="cpu")
+    items = tuple(data.examples(140, telling, seed=31))
+    hits, n = accuracy(subject, items)["all"]
+    room = 3 * (least * (1 - least) / n) ** 0.5
+    assert hits / n >= least - room
+    assert CARD[name]["accuracy"]["all"] >= least
+    assert data.chance(list(items)) < 0.45
+
+
+def test_the_card_states_what_was_promised():
+    assert set(CARD) == {"demo:text", "demo:frozen", "demo"}
+    assert min(v for k, v in CARD["demo"]["accuracy"].items()) >= 0.92
+    for entry in CARD.values():
+        assert {"stage", "seed", "minutes", "accuracy", "chance", "questions"} <= set(entry)
+
+
+def test_the_frozen_model_has_the_text_models_weights():
+    text, frozen = load("demo:text", device="cpu", check=False), load("demo:frozen", device="cpu", check=False)
+    theirs = frozen.model.model.language_model.state_dict()
+    for key, value in text.model.model.state_dict().items():
+        assert torch.equal(value, theirs[key]), key
+    assert torch.equal(text.model.lm_head.weight, frozen.model.lm_head.weight)
+
+
+def test_demo_is_a_llava_with_a_class_token_and_eight_layers():
+    subject = load("demo", device="cpu")
+    assert subject.anatomy.family == "LLaVA"
+    assert subject.n_layers >= 8
+    assert subject.model.model.vision_tower.embeddings.class_embedding.numel() == build.WIDTH
+    example = data.examples(1)[0]
+    segments = set(subject.encode(example).maps[0].segments)
+    assert segments == {"bos", "system", "image", "question", "suffix", "header"}
+
+
+def test_compression_has_something_to_break():
+    """Three quarters of the image hidden at random, or every other layer skipped, costs `demo` at least ten points."""
+    subject = load("demo", device="cpu")
+    items = data.examples(140, seed=77)
+    rng = np.random.default_rng(0)
+    full = hidden = skipped = 0
+    for item in items:
+        encoded = subject.encode(item)
+        image = encoded.maps[0].positions("image")
+        gone = rng.choice(image, size=3 * len(image) // 4, replace=False)
+        token = subject.first_tokens([item.answer.capitalize()])[0]
+        full += int(last_logits(subject, encoded)[0].argmax()) == token
+        hidden += int(trace(subject, encoded, edit=[Knockout("text", gone)]).logits[0].argmax()) == token
+        skipped += _answer_with_half_the_layers(subject, encoded) == token
+    assert full - hidden >= 0.10 * len(items)
+    assert full - skipped >= 0.10 * len(items)
+
+
+def _answer_with_half_the_layers(subject, encoded) -> int:
+    handles = [
+        layer.register_forward_hook(lambda m, args, kwargs, out: args[0] if args else kwargs["hidden_states"], with_kwargs=True)
+        for layer in subject.layers[1::2]
+    ]
+    try:
+        return int(last_logits(subject, encoded)[0].argmax())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_the_lens_finds_the_answer_late():
+    subject = load("demo", device="cpu")
+    item = data.examples(1)[0]
+    token = subject.first_tokens([item.answer.capitalize()])[0]
+    found = trace(subject, item, [Lens(track=((token,),))])["lens_prob"].tensor[:, 0, 0, 0]
+    assert found[-1] > 0.5
+    assert found[0] < 0.5
+
+
+def test_checkpoints_stay_small():
+    files = [p for p in CHECKPOINTS.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files if p.stat().st_size > 200_000} <= {".safetensors"}
+    assert sum(p.stat().st_size for p in files) < 40e6
+    assert Path(CHECKPOINTS / "card.json").is_file()
