@@ -47,6 +47,15 @@ class Call:
         given = self.options.get("scaling")
         return float(given) if given is not None else self.query.shape[-1] ** -0.5
 
+    def check(self) -> None:
+        """Raises EditError for kinds of attention whose rows would come out wrong."""
+        for option in ("s_aux", "position_bias"):
+            if self.options.get(option) is not None:
+                raise EditError(
+                    f"{type(self.module).__name__} attends with {option}, which rows and knock-outs do not reproduce yet: "
+                    f"record the residual stream instead"
+                )
+
     def visible(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """What each row may look at: (batch, 1, row, key) booleans, and an additive bias where the mask is one.
 
@@ -109,8 +118,8 @@ def attend_rows(
     heads, groups, dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
     picked = call.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
     batch, count = rows.shape
-    folded = picked.reshape(batch, groups, (heads // groups) * count, dim)
-    score = (folded @ call.key.transpose(2, 3)).float().mul_(call.scaling).view(batch, heads, count, -1)
+    folded = picked.float().reshape(batch, groups, (heads // groups) * count, dim)
+    score = (folded @ call.key.float().transpose(2, 3)).mul_(call.scaling).view(batch, heads, count, call.key.shape[2])
     if cap := call.options.get("softcap"):
         score = cap * torch.tanh(score / cap)
     if bias is not None:
@@ -129,7 +138,7 @@ def mix_values(call: Call, attention: RowAttention) -> Float[Tensor, "batch head
     heads, groups = call.query.shape[1], call.value.shape[1]
     batch, _, count, keys = attention.weight.shape
     folded = attention.probability.to(call.value.dtype).view(batch, groups, (heads // groups) * count, keys)
-    return (folded @ call.value).view(batch, heads, count, -1)
+    return (folded @ call.value).view(batch, heads, count, call.value.shape[-1])
 
 
 @runtime_checkable
@@ -157,6 +166,7 @@ def _make(kernel_name: str) -> Kernel:
         layer = None if session is None else session.layer_of.get(id(module))
         if session is None or layer is None:
             return call.run()
+        call.check()
         return session.listener.attend(layer, call)
 
     return attention

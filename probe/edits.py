@@ -53,7 +53,7 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Patch:
-    """Activations at a point of one layer replaced by given ones: `value` is (position width), or (head position dim) at z."""
+    """Activations at a point of one layer replaced by given ones: `value` is (position width), or (position head dim) at z."""
 
     point: str
     layer: int

@@ -72,9 +72,14 @@ def open_picture(picture: Picture) -> Image.Image:
     64 million pixels.
     """
     if callable(picture):
-        picture = picture()
+        try:
+            picture = picture()
+        except (OSError, SyntaxError, ValueError, TypeError) as error:
+            raise ExampleError(f"a picture of the data set is damaged: {error}") from error
+    if picture is None:
+        raise ExampleError("a picture of the data set is missing")
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return _converted(picture, "a picture")
     path = Path(picture)
     if not path.is_file():
         raise ExampleError(f"there is no picture at {path}")
@@ -85,11 +90,7 @@ def open_picture(picture: Picture) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(path)
         with opened as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ExampleError(
-                    f"{path} would decode to {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are opened"
-                )
-            return image.convert("RGB")
+            return _converted(image, str(path))
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         bomb = isinstance(error, Image.DecompressionBombError)
         raise ExampleError(
@@ -100,3 +101,12 @@ def open_picture(picture: Picture) -> Image.Image:
         if isinstance(error, ExampleError):
             raise
         raise ExampleError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _converted(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ExampleError(f"{name} would decode to {image.width} x {image.height} pixels: at most {MAX_PIXELS:,} are opened")
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ExampleError(f"{name} is damaged or truncated: {error}") from error

@@ -101,6 +101,11 @@ def _resized_and_cropped(size: Size, seen: Size, image_processor: Any) -> Area:
     """The part of the original that a resize and a centre crop leave, `seen` being the height and width that remain."""
     height, width = size
     wanted = image_processor.size
+    if getattr(image_processor, "do_pad", False) or not (wanted.get("shortest_edge") or wanted.get("height")):
+        raise TokenError(
+            f"{type(image_processor).__name__} pads or resizes in a way that this geometry does not follow: pass "
+            'load(..., row=Row("LLaVA")) to go without boxes'
+        )
     if not image_processor.do_resize:
         scale_h = scale_w = 1.0
         resized = (height, width)

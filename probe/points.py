@@ -6,7 +6,7 @@
 | attn_out | what the attention adds to the residual stream | batch position width |
 | mlp_out | what the feed-forward block adds | batch position width |
 | resid_post | what leaves a layer, before any norm | batch position width |
-| z | what each head read, before the output projection | batch head position dim |
+| z | what each head read, before the output projection | batch position head dim |
 """
 
 from collections.abc import Callable, Iterable

@@ -96,8 +96,8 @@ class Lens:
 
     Records `top_ids` and `top_probs` (layer batch row top), and for `track` token ids (one tuple for each example)
     their probability, logit and rank (layer batch row track). Layers are the outputs of the blocks, before any norm;
-    `norm="final"` is the standard lens, `"none"` the raw one that Cross-modal Information Flow's published code uses
-    below the last layer. With the final norm, the last layer's lens is the model's own output.
+    `norm="final"` is the standard lens. `"none"` is the raw one of Cross-modal Information Flow's published code, which reads
+    every layer below the last without the norm and the last one with it. The last layer's lens is the model's own output.
     """
 
     positions: Group = "last"
@@ -111,6 +111,7 @@ class Lens:
             raise EditError(f"the lens takes the final norm or none, not {self.norm!r}")
 
 
+ROWS_TIMES_VOCABULARY = 2**26  # logits that the lens holds at once: 256 MiB in float32
 Recorder = Mass | Rows | Patterns | Residual | Lens
 
 
@@ -137,16 +138,17 @@ class MassCollector:
 
     def take(self, layer: int, attention: RowAttention) -> None:
         # The rows' own normalisation is folded into the group's mean, so that no probabilities are written out.
-        shares = self.shares[:, None] / attention.total.transpose(2, 3)
-        mean = shares @ attention.weight
-        mass = mean @ self.member[:, None]
-        sink = (mean * self.sink[:, None, None]).sum(-1)
-        entropy = (self.shares[:, None] @ attention.entropy[..., None])[..., 0]
-        self.found[layer] = (mass, entropy, sink)
+        device = attention.weight.device  # layers may live on different ones
+        shares = self.shares.to(device)[:, None]
+        mean = (shares / attention.total.transpose(2, 3)) @ attention.weight
+        mass = mean @ self.member.to(device)[:, None]
+        sink = (mean * self.sink.to(device)[:, None, None]).sum(-1)
+        entropy = (shares @ attention.entropy[..., None])[..., 0]
+        self.found[layer] = (mass.cpu(), entropy.cpu(), sink.cpu())
 
     def result(self) -> dict[str, Named]:
         layers = tuple(sorted(self.found))
-        mass, entropy, sink = (torch.stack([self.found[i][part] for i in layers]).cpu() for part in range(3))
+        mass, entropy, sink = (torch.stack([self.found[i][part] for i in layers]) for part in range(3))
         labels = {"layer": layers, "row_group": self.groups, "column_group": self.columns}
         dims = ("layer", "batch", "head", "row_group")
         return {
@@ -171,7 +173,7 @@ class RowCollector:
         self.found: dict[int, Tensor] = {}
 
     def take(self, layer: int, attention: RowAttention) -> None:
-        probability = attention.probability * self.real[:, None, :, None]
+        probability = attention.probability * self.real.to(attention.weight.device)[:, None, :, None]
         self.found[layer] = (probability if self.heads is None else probability[:, self.heads]).cpu()
 
     def result(self) -> dict[str, Named]:
@@ -224,9 +226,14 @@ class LensCollector:
     """Reads vocabulary distributions off the residual stream, a few rows at a time."""
 
     def __init__(
-        self, recorder: Lens, maps: tuple[TokenMap, ...], read: Callable[[Tensor], Tensor], device: torch.device
+        self,
+        recorder: Lens,
+        maps: tuple[TokenMap, ...],
+        read: Callable[[int, Tensor], Tensor],
+        vocabulary: int,
+        device: torch.device,
     ) -> None:
-        self.recorder, self.read = recorder, read
+        self.recorder, self.read, self.vocabulary = recorder, read, vocabulary
         self.positions = pad_positions(maps, recorder.positions)
         self.index = self.positions.clamp(min=0).to(device)
         self.track = None
@@ -238,7 +245,13 @@ class LensCollector:
 
     def take(self, layer: int, state: Tensor) -> None:
         batch = torch.arange(state.shape[0], device=state.device)[:, None]
-        logits = self.read(state[batch, self.index.to(state.device)]).float()
+        picked = state[batch, self.index.to(state.device)]
+        rows = max(1, ROWS_TIMES_VOCABULARY // (len(picked) * self.vocabulary))
+        pieces = [self._look(layer, piece) for piece in picked.split(rows, dim=1)]
+        self.found[layer] = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
+
+    def _look(self, layer: int, state: Tensor) -> dict[str, Tensor]:
+        logits = self.read(layer, state).float()
         log_total = logits.logsumexp(-1, keepdim=True)
         values, ids = logits.topk(min(self.recorder.top, logits.shape[-1]), -1)
         kept = {"top_ids": ids.cpu(), "top_probs": (values - log_total).exp().cpu()}
@@ -247,8 +260,8 @@ class LensCollector:
             logit = logits.gather(-1, wanted)
             kept["logit"] = logit.cpu()
             kept["prob"] = (logit - log_total).exp().cpu()
-            kept["rank"] = (logits[..., None, :] > logit[..., None]).sum(-1).cpu()
-        self.found[layer] = kept
+            kept["rank"] = torch.stack([(logits > one[..., None]).sum(-1) for one in logit.unbind(-1)], -1).cpu()
+        return kept
 
     def result(self) -> dict[str, Named]:
         layers = tuple(sorted(self.found))

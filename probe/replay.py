@@ -28,7 +28,7 @@ from probe.example import Example
 from probe.points import head_list, layer_list
 from probe.subject import Encoded, Side, Subject
 from probe.tokens import TokenMap
-from probe.tracing import last_logits, lens_reader, trace
+from probe.tracing import last_logits, read_out, trace
 
 Entry = Edit | Sequence[Edit]
 Entries = Sequence[Entry] | Callable[[TokenMap], Sequence[Entry]]
@@ -84,8 +84,8 @@ def sweep(
         plan for i, each in enumerate(wanted) for j, edits in enumerate(each)
         if (plan := _plan(subject, encoded, i, j, edits)) is not None
     ]  # fmt: skip
-    with torch.no_grad():
-        clean = _record(subject, encoded, min((plan.first_row for plan in plans), default=encoded.maps[0].last))
+    with torch.no_grad(), subject.lock:
+        clean = _record(subject, encoded, plans)
         edited = [clean.logits[i].expand(len(each), -1).clone() for i, each in enumerate(wanted)]
         count = 0
         for batch in _batches(plans, max_rows):
@@ -192,7 +192,8 @@ class _Recorder:
         return call.run()
 
 
-def _record(subject: Subject, encoded: Encoded, first_row: int) -> _Clean:
+def _record(subject: Subject, encoded: Encoded, plans: list[_Plan]) -> _Clean:
+    first_row = min([plan.first_row for plan in plans] + [token_map.last for token_map in encoded.maps])
     layers = [_CleanLayer() for _ in range(subject.n_layers)]
     with ExitStack() as stack:
         stack.enter_context(listening(subject, _Recorder(layers)))
@@ -201,7 +202,7 @@ def _record(subject: Subject, encoded: Encoded, first_row: int) -> _Clean:
             stack.callback(block.register_forward_hook(_keep_output(layers[index], first_row)).remove)
         logits = last_logits(subject, encoded)
     clean = _Clean(logits, first_row, len(encoded.maps[0]), layers)
-    _refuse_what_is_not_exact(subject, encoded, clean)
+    _refuse_what_is_not_exact(subject, encoded, clean, {(plan.example, plan.first_row) for plan in plans})
     return clean
 
 
@@ -221,7 +222,7 @@ def _keep_output(clean: _CleanLayer, first_row: int) -> Callable[..., None]:
     return hook
 
 
-def _refuse_what_is_not_exact(subject: Subject, encoded: Encoded, clean: _Clean) -> None:
+def _refuse_what_is_not_exact(subject: Subject, encoded: Encoded, clean: _Clean, starts: set[tuple[int, int]]) -> None:
     family = subject.anatomy.family
     for index, layer in enumerate(clean.layers):
         if layer.call is None:
@@ -235,9 +236,10 @@ def _refuse_what_is_not_exact(subject: Subject, encoded: Encoded, clean: _Clean)
                 f"layer {index} of this {family} model attends to {layer.call.key.shape[2]} keys in a prompt of {clean.length} "
                 f'positions (cross-attention or a rolling cache): run the sweep with method="naive"'
             )
-        _refuse_lookahead(index, layer.call, clean.first_row, family)
+        for example, first_row in sorted(starts):
+            _refuse_lookahead(index, layer.call, example, first_row, family)
     state = torch.stack([clean.layers[-1].leaving[i, m.last - clean.first_row] for i, m in enumerate(encoded.maps)])  # type: ignore[index]
-    gap = (lens_reader(subject, "final")(state).float() - clean.logits).abs().max().item()
+    gap = (read_out(subject, state).float().to(clean.logits.device) - clean.logits).abs().max().item()
     scale = 1e-4 if subject.dtype == torch.float32 else 5e-2
     if gap > scale * max(1.0, clean.logits.abs().max().item()):
         raise ReplayError(
@@ -246,11 +248,11 @@ def _refuse_what_is_not_exact(subject: Subject, encoded: Encoded, clean: _Clean)
         )
 
 
-def _refuse_lookahead(index: int, call: Call, first_row: int, family: str) -> None:
+def _refuse_lookahead(index: int, call: Call, example: int, first_row: int, family: str) -> None:
     """No position before the first row may look at it or beyond, or the clean prefix would not be clean."""
     mask = call.mask
     if isinstance(mask, Tensor) and mask.dim() == 4:
-        ahead = mask[:, :, :first_row, first_row:]
+        ahead = mask[example if len(mask) > 1 else 0, :, :first_row, first_row:]
         open_ahead = ahead.any() if ahead.dtype == torch.bool else (ahead > torch.finfo(ahead.dtype).min / 2).any()
         if bool(open_ahead):
             raise ReplayError(
@@ -309,7 +311,7 @@ class _Replay:
             with listening(self.subject, self):
                 self._step(layer, final=layer == last)
         states = torch.cat([group.state[:, -1] for group in self.groups if group.state is not None])
-        return lens_reader(self.subject, "final")(states).float(), count
+        return read_out(self.subject, states).float().to(self.clean.logits.device), count
 
     def _join(self, layer: int) -> None:
         """Entries whose first layer this is start from what the clean run put into it."""
@@ -413,10 +415,10 @@ def _attend_group(group: _Group, layer: int, clean: Call, query: Tensor, own_key
     heads, _, rows, dim = query.shape
     first = group.first_row
     # kv_head entry share x row dim: the heads that share a key and value are rows of one product
-    folded = query.view(groups, heads // groups, entries, rows, dim).transpose(1, 2).reshape(groups, entries, -1, dim)
-    prefix_key, prefix_value = clean.key[group.example, :, :first], clean.value[group.example, :, :first]
-    before = (folded.flatten(1, 2) @ prefix_key.transpose(1, 2)).float().unflatten(1, (entries, -1))
-    after = (folded @ own_key.transpose(2, 3)).float()
+    folded = query.float().view(groups, heads // groups, entries, rows, dim).transpose(1, 2).reshape(groups, entries, -1, dim)
+    prefix_key, prefix_value = (tensor[group.example, :, :first].float() for tensor in (clean.key, clean.value))
+    before = (folded.flatten(1, 2) @ prefix_key.transpose(1, 2)).unflatten(1, (entries, -1))
+    after = folded @ own_key.float().transpose(2, 3)
     shape = (groups, entries, heads // groups, rows)
     before, after = before.view(*shape, first), after.view(*shape, suffix)
     for scores in (before, after):
@@ -426,10 +428,10 @@ def _attend_group(group: _Group, layer: int, clean: Call, query: Tensor, own_key
     peak = peak.clamp_(min=torch.finfo(torch.float32).min / 2)  # a row that sees nothing has weight zero, not one
     before, after = before.sub_(peak).exp_(), after.sub_(peak).exp_()
     total = before.sum(-1, keepdim=True) + after.sum(-1, keepdim=True)
-    read = (before.to(prefix_value.dtype).flatten(1, 3) @ prefix_value).view(*shape, dim)
-    read = read + (after.to(own_value.dtype).view(groups, entries, -1, suffix) @ own_value).view(*shape, dim)
-    read = read / torch.where(total > 0, total, 1.0).to(read.dtype)
-    return read.permute(1, 3, 0, 2, 4).reshape(entries * rows, heads, dim)
+    read = (before.flatten(1, 3) @ prefix_value).view(*shape, dim)
+    read = read + (after.view(groups, entries, -1, suffix) @ own_value.float()).view(*shape, dim)
+    read = read / torch.where(total > 0, total, 1.0)
+    return read.permute(1, 3, 0, 2, 4).reshape(entries * rows, heads, dim).to(query.dtype)
 
 
 def _scale(scores: Tensor, clean: Call) -> None:

@@ -2,13 +2,15 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,6 +46,9 @@ class Encoded:
         return replace(self, maps=tuple(maps))
 
 
+_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+
+
 @dataclass(eq=False)
 class Subject:
     """A loaded model with its processor and anatomy. Sightline attaches to it and detaches without a trace."""
@@ -53,7 +58,10 @@ class Subject:
     anatomy: Anatomy
     name: str = "in memory"
     checks: tuple[Check, ...] = ()
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def __post_init__(self) -> None:
+        # Two Subjects of one model share its lock: a pass of one must not see the hooks of the other.
+        self.lock = _LOCKS.setdefault(self.model, threading.RLock())
 
     @property
     def tokenizer(self) -> Any:
@@ -70,6 +78,11 @@ class Subject:
     @cached_property
     def n_heads(self) -> int:
         return int(self.config.get_text_config().num_attention_heads)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many logits the unembedding makes."""
+        return int(self.unembedding.get_parameter("weight").shape[0])
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -129,22 +142,28 @@ class Subject:
                     f"the prompt of example {example.id!r} has no place for its picture, and the model no chat template "
                     f"to make one: write {mark} where the picture belongs"
                 )
-            return _located(body, example, chat=False)
-        content: list[dict[str, str]] = [] if places else [{"type": "image"} for _ in example.images]
+            return _located(body, example, mark, chat=False)
+        content: Any = [] if places else [{"type": "image"} for _ in example.images]
         for number, piece in enumerate(body.split(mark) if places and mark else [body]):
             content += [{"type": "image"}] if number else []
             content += [{"type": "text", "text": piece}] if piece.strip() else []
+        system: Any = [{"type": "text", "text": example.system}]
+        if self.anatomy.vision is None:  # templates of text-only models expect plain strings
+            content, system = body, example.system
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if example.system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": example.system}]})
+            messages.insert(0, {"role": "system", "content": system})
         owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-        text = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ExampleError(f"the chat template of {self.name} refuses example {example.id!r}: {error}") from error
         if mark and text.count(mark) != len(example.images):
             raise ExampleError(
                 f"the chat template of {self.name} made {text.count(mark)} places for the {len(example.images)} picture(s) of "
                 f"example {example.id!r}: write {mark} in the prompt where each belongs"
             )
-        return _located(text, example, chat=True)
+        return _located(text, example, mark, chat=True)
 
     @cached_property
     def placeholder(self) -> str | None:
@@ -175,8 +194,10 @@ class Subject:
 
     def _process(self, texts: list[str], pictures: list[list[Any]], padding: Side) -> dict[str, Any]:
         bos = getattr(self.tokenizer, "bos_token", None)
+        if len(texts) > 1 and self.tokenizer.pad_token is None:
+            raise ExampleError(f"the tokenizer of {self.name} has no pad token: put examples to it one at a time (--batch 1)")
         options: dict[str, Any] = {
-            "padding": True, "padding_side": padding, "return_tensors": "pt",
+            "padding": len(texts) > 1, "padding_side": padding, "return_tensors": "pt",
             "add_special_tokens": not (bos and texts[0].startswith(bos)),
         }  # fmt: skip
         if any(pictures):
@@ -231,34 +252,66 @@ class Subject:
     def generate(self, examples: Example | Sequence[Example] | Encoded, max_new_tokens: int = 16) -> list[str]:
         """Greedy answers, stripped, special tokens left out. An encoded batch must be padded on the left."""
         encoded = examples if isinstance(examples, Encoded) else self.encode(examples, padding="left")
-        made = self.model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        if any(token_map.last != len(token_map) - 1 for token_map in encoded.maps):
+            raise ExampleError('answers are generated from batches padded on the left: encode(examples, padding="left")')
+        with self.lock:
+            made = self.model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = made[:, encoded.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    def first_tokens(self, words: Sequence[str]) -> list[int]:
-        """The id of the first token of each word as it would stand after the header (with a leading space where tokens have one)."""
-        return [int(self.tokenizer.encode(f" {word}", add_special_tokens=False)[0]) for word in words]
+    def first_tokens(self, words: Sequence[str], example: Example) -> list[int]:
+        """The id of the first token of each word where the answer to this example would begin.
+
+        A word follows a space unless the prompt already ends in white space or a special token, as answers do; a token
+        that is only the mark of a space is passed over.
+        """
+        text = self.render(example).text
+        begin = not text[-1:].isspace() and not text.endswith(tuple(self.tokenizer.all_special_tokens))
+        base = self.tokenizer.encode(text, add_special_tokens=False)
+        found = []
+        for word in words:
+            whole = self.tokenizer.encode(f"{text}{' ' if begin else ''}{word}", add_special_tokens=False)
+            start = next((i for i, (a, b) in enumerate(zip(base, whole, strict=False)) if a != b), len(base))
+            new = [token for token in whole[start:] if self.tokenizer.decode([token]).strip()]
+            found.append(int((new or whole[-1:])[0]))
+        return found
+
+    def without_images(self, example: Example) -> Example:
+        """The same question with nothing to look at, and no place left for it in the prompt."""
+        blind, mark = example.without_images(), self.placeholder
+        if not mark:
+            return blind
+        texts = {name: getattr(blind, name).replace(mark, "").strip() for name in ("prompt", "context", "options", "suffix")}
+        return replace(blind, **texts)
 
 
-def _located(text: str, example: Example, chat: bool) -> Rendered:
-    """Finds the parts of the example in the rendered prompt, last occurrence first, since the template stands around them."""
+def _located(text: str, example: Example, mark: str | None, chat: bool) -> Rendered:
+    """Finds the parts of the example in the rendered prompt, last occurrence first, since the template stands around them.
+
+    A part with places for pictures inside it is found piece by piece. Raises ExampleError where a template rewrites a
+    part, so that nobody knows which positions it has.
+    """
     spans: list[tuple[str, int, int]] = []
-    end = len(text)
-    tail = None
-    for name, part in (
+    end, tail = len(text), 0
+    parts = (
         ("suffix", example.suffix),
         ("options", example.options),
         ("question", example.prompt),
         ("context", example.context),
-    ):
-        for piece in reversed([part]) if part else ():
+    )
+    for name, part in parts:
+        for piece in reversed(part.split(mark) if mark else [part]):
+            piece = piece.strip()
+            if not piece:
+                continue
             start = text.rfind(piece, 0, end)
             if start < 0:
-                continue  # a prompt with placeholders inside it is found piece by piece below
+                raise ExampleError(
+                    f"the chat template rewrites the {name} of example {example.id!r}: {piece[:60]!r} is not in the prompt"
+                )
             spans.append((name, start, start + len(piece)))
-            tail = max(tail or 0, start + len(piece))
-            end = start
-    if chat and tail is not None and tail < len(text):
+            tail, end = max(tail, start + len(piece)), start
+    if chat and tail < len(text):
         spans.append(("header", tail, len(text)))
     if chat:
         spans += _system(text, example, end)

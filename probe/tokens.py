@@ -92,8 +92,8 @@ class TokenMap:
         return int(np.nonzero(np.array(self.segments) != "pad")[0][0])
 
     def positions(self, group: str | Iterable[SupportsIndex]) -> np.ndarray:
-        """Sorted positions of a segment, of `last`, of `text` (everything real that is no medium), of `real`, or of a
-        group that `with_groups` named.
+        """Sorted positions of a segment, of `last`, of `media` (every position that a picture's run takes, newlines and a
+        CLS token included), of `text` (everything else that is real), of `real`, or of a group that `with_groups` named.
 
         Raises TokenError for a group that does not exist.
         """
@@ -107,13 +107,15 @@ class TokenMap:
         names = np.array(self.segments)
         if group == "last":
             return np.array([self.last])
+        if group == "media":
+            return np.unique(np.concatenate([*self.pictures, np.array([], dtype=np.int64)]))
         if group == "text":
-            return np.nonzero(~np.isin(names, ("pad", "image", "video", "audio")))[0]
+            return np.setdiff1d(np.nonzero(names != "pad")[0], self.positions("media"))
         if group == "real":
             return np.nonzero(names != "pad")[0]
         if group in SEGMENTS:
             return np.nonzero(names == group)[0]
-        known = (*SEGMENTS, "last", "text", "real", *self.groups)
+        known = (*SEGMENTS, "last", "media", "text", "real", *self.groups)
         raise TokenError(f"there is no token group {group!r}{did_you_mean(group, known)}")
 
     def with_groups(self, **groups: Iterable[SupportsIndex]) -> "TokenMap":

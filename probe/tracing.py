@@ -66,6 +66,7 @@ def trace(
     encoded = examples if isinstance(examples, Encoded) else subject.encode(examples, padding)
     session = _Session(subject, encoded, record, edit)
     with ExitStack() as stack:
+        stack.enter_context(subject.lock)
         if session.wants_attention:
             stack.enter_context(listening(subject, session))
         for handle in session.hooks(stack):
@@ -79,12 +80,13 @@ def last_logits(subject: Subject, encoded: Encoded) -> Float[Tensor, "batch voca
     """Logits of each row's last position (batch vocabulary, float32); the unembedding runs on those positions only."""
     last = encoded.last
     options: dict[str, Any] = {"use_cache": False}
-    wanted, back = torch.unique(last, return_inverse=True)
-    selective = "logits_to_keep" in signature(subject.model.forward).parameters
-    if selective:
-        options["logits_to_keep"] = wanted.to(subject.device)
-    logits = subject.model(**encoded.inputs, **options).logits
-    return logits[torch.arange(len(encoded)), back if selective else last].float()
+    # Only what is needed goes through the unembedding. A number, not a tensor: accelerate would move a tensor away.
+    first = int(last.min())
+    if "logits_to_keep" in signature(subject.model.forward).parameters:
+        options["logits_to_keep"] = len(encoded.maps[0]) - first
+    with subject.lock:
+        logits = subject.model(**encoded.inputs, **options).logits
+    return logits[torch.arange(len(encoded)), last - len(encoded.maps[0])].float().to(subject.device)
 
 
 class _Session:
@@ -111,7 +113,7 @@ class _Session:
             for layer in layers:
                 self.states.setdefault((recorder.point, layer), []).append(collector)
         elif isinstance(recorder, Lens):
-            collector = LensCollector(recorder, maps, lens_reader(subject, recorder.norm), device)
+            collector = LensCollector(recorder, maps, partial(_lens, subject, recorder.norm), subject.vocabulary, device)
             for layer in layers:
                 self.states.setdefault(("resid_post", layer), []).append(collector)
         else:
@@ -126,6 +128,8 @@ class _Session:
     def _add_edit(self, edit: Edit) -> None:
         if isinstance(edit, Knockout):
             cut = resolve_cut(edit, self.encoded, self.subject)
+            if not cut.rows.shape[1]:
+                return  # no example of the batch has such rows
             for layer in self._with_attention(layer_list(edit.layers, self.subject.n_layers), asked=edit.layers is not None):
                 self.cuts.setdefault(layer, []).append(cut)
         else:
@@ -192,11 +196,15 @@ class _Session:
         return made
 
 
-def lens_reader(subject: Subject, norm: str) -> Any:
-    """Residual stream (... width) to logits (... vocabulary)."""
-    if norm == "none":
-        return subject.unembedding
-    return lambda state: subject.unembedding(subject.final_norm(state))
+def read_out(subject: Subject, state: Tensor) -> Tensor:
+    """Residual stream (... width) to logits (... vocabulary): the final norm and the unembedding."""
+    return subject.unembedding(subject.final_norm(state))
+
+
+def _lens(subject: Subject, norm: str, layer: int, state: Tensor) -> Tensor:
+    if norm == "none" and layer < subject.n_layers - 1:
+        return subject.unembedding(state)
+    return read_out(subject, state)
 
 
 @dataclass(frozen=True)
@@ -240,7 +248,7 @@ def apply_change(change: Ablate | Patch, state: Tensor, encoded: Encoded) -> Ten
     for i, token_map in enumerate(encoded.maps):
         at = torch.from_numpy(token_map.positions(change.positions)).to(state.device)
         if isinstance(change, Patch):
-            value = change.value.transpose(0, 1) if change.point == "z" else change.value
+            value = change.value
             if state[i, at].shape != value.shape:
                 raise EditError(
                     f"a patch at {change.point} of {len(at)} positions needs a tensor of shape {tuple(state[i, at].shape)}, "

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from probe.errors import SightlineError
+from probe.errors import SightlineError, StudyError
 from studies.study import STUDIES
 
 app = typer.Typer(
@@ -45,13 +45,21 @@ def _errors(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         typer.echo(f"sightline: {error}", err=True)
         raise typer.Exit(1) from error
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:  # a library's own error: its first line, and the way to see the rest
+        if debug:
+            traceback.print_exc()
+        first = (str(error).strip().splitlines() or [""])[0]
+        typer.echo(f"sightline: {type(error).__name__}: {first} (--debug shows where)", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("sightline: stopped; asking again with the same --out continues", err=True)
         raise typer.Exit(1) from error
 
 
 def _say(result: Any, as_json: bool, text: Callable[[], str]) -> None:
-    typer.echo(json.dumps(result, default=str) if as_json else text())
+    typer.echo(json.dumps(result, default=str, allow_nan=False) if as_json else text())
 
 
 def _quiet_libraries() -> None:
@@ -73,6 +81,13 @@ def _load(model: str, device: str | None, dtype: str | None, device_map: str | N
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in kinds:
         raise LoadError(f"there is no dtype {dtype!r}: name {', '.join(kinds)}")
+    try:
+        if device:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(
+            f"there is no device {device!r} here: name cpu, or cuda where there is a GPU (sightline doctor)"
+        ) from error
     return load(model, kinds[dtype] if dtype else None, device, device_map, trust)
 
 
@@ -169,7 +184,9 @@ def study(
         else:
             from studies.data import load_data
 
-            mapping = dict(item.split("=", 1) for item in columns or [] if "=" in item)
+            if wrong := [item for item in columns or [] if "=" not in item]:
+                raise StudyError(f"--columns maps a field to a column, prompt=question, not {wrong[0]!r}")
+            mapping = dict(item.split("=", 1) for item in columns or [])
             found = load_data(data, limit, mapping, seed)
             subject = _load(model, device, dtype, device_map, trust_remote_code)
             summary = function(Setting(subject, found, out, seed, batch, quiet), **options)

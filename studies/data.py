@@ -53,8 +53,12 @@ def _jsonl(path: Path, limit: int | None) -> Data:
         raise DataError(f"there is no file {path}")
     found: list[Example] = []
     lines: dict[str, int] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"line {number} of {path} is not UTF-8 text: {error.reason}") from error
             if limit is not None and len(found) >= limit:
                 break
             if line.strip():
@@ -90,17 +94,27 @@ def _from_line(line: str, number: int, path: Path) -> Example:
             raise DataError(f"line {number} of {path} names the picture {image}, which is not there")
     try:
         return _example({**fields, "images": images})
-    except (SightlineError, TypeError, KeyError, ValueError) as error:
+    except (SightlineError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(f"line {number} of {path} is not an example: {error}") from error
 
 
+def _box(sides: Any) -> tuple[float, float, float, float]:
+    left, top, right, bottom = (float(side) for side in sides)
+    return left, top, right, bottom
+
+
 def _example(fields: dict[str, Any]) -> Example:
-    regions = tuple(
-        Region(tuple(float(side) for side in r["box"]), r.get("label", ""), r.get("picture", 0))
-        for r in fields.get("regions", ())
-    )
+    for name in ("images", "choices", "regions"):
+        if isinstance(fields.get(name), str):
+            raise DataError(f"{name} is a list, not {fields[name]!r}")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    fields |= {name: str(fields[name]) for name in ("id", "answer") if name in fields}
+    if not isinstance(fields.get("prompt"), str):
+        raise DataError("it has no prompt")
+    regions = tuple(Region(_box(r["box"]), r.get("label", ""), r.get("picture", 0)) for r in fields.get("regions", ()))
     return Example(**{
-        **fields, "regions": regions, "choices": tuple(fields.get("choices", ())), "tags": dict(fields.get("tags", {})),
+        **fields, "regions": regions, "choices": tuple(str(c) for c in fields.get("choices", ())),
+        "tags": {str(key): str(value) for key, value in fields.get("tags", {}).items()},
     })  # fmt: skip
 
 
@@ -124,7 +138,17 @@ def _datasets(source: str, limit: int | None, columns: dict[str, str]) -> Data:
     pictures = [name for name, kind in table.features.items() if _holds_pictures(kind, datasets.Image)]
     words = table.remove_columns(pictures)
     count = len(table) if limit is None else min(limit, len(table))
-    found = [_from_row(words[number], table, number, columns, pictures) for number in range(count)]
+    found: list[Example] = []
+    rows: dict[str, int] = {}
+    for number in range(count):
+        try:
+            example = _from_row(words[number], table, number, columns, pictures)
+        except (SightlineError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DataError(f"row {number} of {source} is not an example: {error}") from error
+        if example.id in rows:
+            raise DataError(f"{source} has the id {example.id!r} in rows {rows[example.id]} and {number}: ids must differ")
+        rows[example.id] = number
+        found.append(example)
     return Data(source, tuple(found), str(table._fingerprint))
 
 

@@ -14,14 +14,14 @@ import pyarrow as pa
 
 from probe.analysis.flow import FLOWS, METRICS, change, default_window, flow_edges
 from probe.edits import Knockout, window
-from probe.errors import DataError, SightlineError
-from probe.example import Example
+from probe.errors import DataError, SightlineError, StudyError, did_you_mean
+from probe.example import Example, open_picture
 from probe.recorders import Lens, Mass
 from probe.replay import Entry, sweep
 from probe.subject import Encoded, Subject
 from probe.tokens import TokenMap
-from probe.tracing import trace
-from studies.run import Run
+from probe.tracing import Trace, last_logits, trace
+from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, progress, study, units
 
 SCHEMA = pa.schema([
@@ -32,7 +32,7 @@ SCHEMA = pa.schema([
     ("rank", pa.int32()), ("text", pa.string()), ("correct", pa.bool_()),
 ])  # fmt: skip
 CONTROLS = {"random->question": ("question", "random"), "random->last": ("last", "random-question")}
-MASSES = Mass(rows=("question", "last"), columns=("image", "question", "last", "related", "other"))
+MASSES = Mass(rows=("question", "last"), columns=("media", "question", "last", "related", "other"))
 WORDS = ("lower-case", "capitalised", "false option")
 
 
@@ -72,17 +72,17 @@ def information_flow(
     chosen = tuple(FLOWS) if flows == "all" else tuple(name.strip() for name in flows.split(","))
     for name in chosen:
         flow_edges(name)
+    for option, value, known in (("norm", norm, ("final", "none")), ("method", method, ("replay", "naive"))):
+        if value not in known:
+            raise StudyError(f"there is no {option} {value!r}{did_you_mean(value, known)}")
     width = default_window(subject.n_layers) if window_width is None else window_width
     window(0, width, subject.n_layers)
     plan = Plan(chosen, width, norm, only_correct, max_new_tokens, setting.seed, method)
     config = {**vars(plan), "tolerance": tolerance, "data": data.name, "fingerprint": data.fingerprint,
               "limit": len(data), "batch": setting.batch}  # fmt: skip
     run = Run.open(setting.out, "information-flow", config, describe(subject), SCHEMA)
-    try:
+    with run.recorded():
         return _carry_out(setting, plan, run, tolerance)
-    except BaseException as error:
-        run.fail(error)
-        raise
 
 
 def _carry_out(setting: Setting, plan: Plan, run: Run, tolerance: float) -> Summary:
@@ -96,7 +96,7 @@ def _carry_out(setting: Setting, plan: Plan, run: Run, tolerance: float) -> Summ
                 run.write(key, unit(setting.subject, [setting.data.examples[i] for i in items], plan))
             advance(len(items))
     rows = run.rows(key for key, _ in work)
-    summary = summarise(rows, plan, setting.subject.n_layers, tolerance)
+    summary = finite(summarise(rows, plan, setting.subject.n_layers, tolerance))
     summary["run"] = str(run.folder)
     figures(run, summary)
     run.finish(summary, report(run, summary, setting))
@@ -113,9 +113,10 @@ def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str
         return rows
     encoded = _grouped(subject.encode(usable), plan.seed)
     told = subject.generate(encoded, plan.max_new_tokens)
-    blind = subject.generate([example.without_images() for example in usable], plan.max_new_tokens)
+    blind = last_logits(subject, subject.encode([subject.without_images(example) for example in usable]))
     right = [_right(answer, example) for answer, example in zip(told, usable, strict=True)]
-    recorded = trace(subject, encoded, [MASSES, _lens(subject, encoded, told, plan)])
+    lens = _lens(subject, encoded, told, plan)
+    recorded = trace(subject, encoded, [MASSES, lens])
     studied = [ok or not plan.only_correct for ok in right]
     labels = [_entries(m, plan, subject.n_layers, full) for m, full in zip(encoded.maps, studied, strict=True)]
     entries = iter([[entry for *_, entry in each] for each in labels])
@@ -127,14 +128,14 @@ def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str
         for j, (what, flow, layer, layers, entry) in enumerate(labels[i]):
             rows.append({**own, "what": what, "flow": flow, "layer": layer, "start": layers.start, "stop": layers.stop,
                          **_sizes(entry, encoded.maps[i]), **{name: float(getattr(changes, name)[j]) for name in changes._fields}})  # fmt: skip
-        hidden = subject.tokenizer.decode([int(swept.edited[i][0].argmax())])
-        for what, text, ok in (
-            ("answer", told[i], right[i]), ("no-image answer", blind[i], _right(blind[i], example)),
-            ("hidden-image answer", hidden, _starts(hidden, example)),
-        ):  # fmt: skip
-            rows.append({**own, "what": what, "text": text, "correct": ok})
+        rows.append({**own, "what": "answer", "text": told[i], "correct": right[i]})
+        begins = set(_spellings(subject, example))
+        for what, logits in (("intact", swept.clean[i]), ("no-image", blind[i]), ("hidden-image", swept.edited[i][0])):
+            best = int(logits.argmax())
+            rows.append({**own, "what": f"{what} token", "text": subject.tokenizer.decode([best]), "correct": best in begins})
         if studied[i]:
             rows += [{**own, **row} for row in _recorded_rows(recorded, plan, i, encoded.maps[i])]
+            rows += [{**own, **row} for row in _lens_rows(recorded, i, lens.track[i], bool(_false_option(example)))]
     return rows
 
 
@@ -147,7 +148,10 @@ def _usable(subject: Subject, examples: list[Example]) -> tuple[list[Example], l
                 raise DataError(f"example {example.id!r} has no answer to compare with")
             if not example.images:
                 raise DataError(f"example {example.id!r} has no picture")
-            subject.encode(example)
+            subject.render(example)
+            subject.render(subject.without_images(example))
+            for image in example.images:
+                open_picture(image)
         except SightlineError as error:
             rows.append({"example": example.id, "kind": example.tags.get("kind", ""), "what": "skipped", "text": str(error)})
         else:
@@ -181,7 +185,7 @@ def _entries(token_map: TokenMap, plan: Plan, n_layers: int, full: bool) -> list
     """(what, flow, layer, layers, knock-out) of every entry; the image hidden everywhere comes first."""
     everywhere = range(n_layers)
     made: list[tuple[str, str, int, range, Entry]] = [
-        ("hidden", "image->text", 0, everywhere, Knockout("text", "image", everywhere)),
+        ("hidden", "image->text", 0, everywhere, Knockout("text", "media", everywhere)),
     ]
     if not full:
         return made
@@ -190,14 +194,14 @@ def _entries(token_map: TokenMap, plan: Plan, n_layers: int, full: bool) -> list
         ("control", name, edges) for name, edges in CONTROLS.items()
     ]
     for what, name, (rows, columns) in flows:
-        if columns in ("related", "other", "random") and not token_map.groups[columns]:
-            continue  # no box says where the answer lies
+        if not len(token_map.positions(rows)) or not len(token_map.positions(columns)):
+            continue  # no box says where the answer lies, or there is no such text: not a zero, but nothing to measure
         for center in range(n_layers):
             layers = window(center, plan.width, n_layers)
             made.append((what, name, center, layers, Knockout(rows, columns, layers)))
     for start in range(1, n_layers):
         layers = range(start, n_layers)
-        made.append(("cumulative", "image->text", start, layers, Knockout("text", "image", layers)))
+        made.append(("cumulative", "image->text", start, layers, Knockout("text", "media", layers)))
     return made
 
 
@@ -206,36 +210,58 @@ def _sizes(entry: Entry, token_map: TokenMap) -> dict[str, int]:
     return {"n_rows": len(token_map.positions(entry.rows)), "n_columns": len(token_map.positions(entry.columns))}
 
 
+def _spellings(subject: Subject, example: Example) -> list[int]:
+    """First tokens of the right answer in lower case, capitalised, and as it was given."""
+    answer = (example.answer or "").strip()
+    return subject.first_tokens([answer.lower(), answer.capitalize(), answer], example)
+
+
 def _lens(subject: Subject, encoded: Encoded, told: list[str], plan: Plan) -> Lens:
     track = []
     for example, answer in zip(encoded.examples, told, strict=True):
-        right = example.answer or ""
-        wrong = next((choice for choice in example.choices if choice != right), "")
-        same_case = wrong.capitalize() if answer[:1].isupper() else wrong
-        track.append(tuple(subject.first_tokens([right.lower(), right.capitalize(), same_case or right])))
+        wrong = _false_option(example)
+        same_case = wrong.capitalize() if answer[:1].isupper() else wrong.lower()
+        false_option = subject.first_tokens([same_case], example)[0] if wrong else 0
+        track.append((*_spellings(subject, example)[:2], false_option))
     return Lens(track=tuple(track), norm=plan.norm)
 
 
-def _recorded_rows(recorded: Any, plan: Plan, i: int, token_map: TokenMap) -> list[dict[str, Any]]:
+def _false_option(example: Example) -> str:
+    """The first choice that is not the right answer; empty where there is none."""
+    right = (example.answer or "").strip().lower()
+    return next((choice.strip() for choice in example.choices if choice.strip().lower() != right), "")
+
+
+def _recorded_rows(recorded: Trace, plan: Plan, i: int, token_map: TokenMap) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     mass, entropy, sink = recorded["mass"], recorded["entropy"], recorded["sink"]
     for name in plan.flows:
         source, target = FLOWS[name]
-        if not len(token_map.positions(target)):
+        if not len(token_map.positions(source)) or not len(token_map.positions(target)):
             continue
         per_layer = mass.at(batch=i, row_group=source, column_group=target).mean(-1)
         rows += [
             {"what": "mass", "flow": name, "layer": layer, "mass": float(value)}
             for layer, value in zip(mass.labels["layer"], per_layer.tolist(), strict=True)
         ]
-    for group in mass.labels["row_group"]:
+    for group in (name for name in mass.labels["row_group"] if len(token_map.positions(name))):
         both = zip(entropy.at(batch=i, row_group=group).mean(-1), sink.at(batch=i, row_group=group).mean(-1), strict=True)
         rows += [
             {"what": "row", "flow": group, "layer": layer, "entropy": float(a), "sink": float(b)}
             for layer, (a, b) in zip(mass.labels["layer"], both, strict=True)
         ]
+    return rows
+
+
+def _lens_rows(recorded: Trace, i: int, track: tuple[int, ...], has_false_option: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     prob, rank = recorded["lens_prob"], recorded["lens_rank"]
+    lower, capital, false_option = track
     for word, name in enumerate(WORDS):
+        if name == "false option" and (not has_false_option or false_option in (lower, capital)):
+            continue
+        if name != "false option" and lower == capital:
+            continue  # one token for both spellings (a numeral): it is neither
         rows += [
             {"what": "lens", "word": name, "layer": layer, "prob": float(prob.tensor[k, i, 0, word]), "rank": int(rank.tensor[k, i, 0, word])}
             for k, layer in enumerate(prob.labels["layer"])
@@ -246,9 +272,3 @@ def _recorded_rows(recorded: Any, plan: Plan, i: int, token_map: TokenMap) -> li
 def _right(text: str, example: Example) -> bool:
     """The published filter: the answer, stripped and in lower case, is the right one."""
     return text.strip().lower().rstrip(".") == (example.answer or "").strip().lower()
-
-
-def _starts(token: str, example: Example) -> bool:
-    """Whether one token begins the right answer; equal to `_right` where answers are single tokens."""
-    word = token.strip().lower()
-    return bool(word) and (example.answer or "").strip().lower().startswith(word)

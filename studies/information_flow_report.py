@@ -34,12 +34,14 @@ def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Sum
         "skipped": [f"{row.example}: {row.text}" for row in skipped.itertuples()],
         "baseline_accuracy": float(answers.correct.mean()),
         "baseline_interval": wilson(int(answers.correct.sum()), len(answers)),
-        "no_image_accuracy": _share(table, "no-image answer"),
-        "hidden_image_accuracy": _share(table, "hidden-image answer"),
+        "first_token_accuracy": _share(table, "intact token"),
+        "no_image_accuracy": _share(table, "no-image token"),
+        "hidden_image_accuracy": _share(table, "hidden-image token"),
         "empty_knockout_max_change": float(table[table.what == "empty"][["logit", "log_prob"]].abs().max().max()),
         "cutoff_layer": cutoff.layer if cutoff else None,
         "cutoff_interval": [cutoff.low, cutoff.high] if cutoff else None,
         "cutoff_tolerance": tolerance,
+        "swept": "answered correctly" if plan.only_correct else "(right and wrong answers alike)",
         "window": plan.width, "default_window": default_window(n_layers), "n_layers": n_layers,
         "flows": {name: _flow(table, "flow", name, plan, n_layers) for name in plan.flows if _has(table, "flow", name)},
         "controls": {
@@ -129,7 +131,8 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
         f"({summary['n_layers']} layers), data `{setting.data.name}`, windows of {summary['window']} layers.", "",
         "## What the model can do", "",
         f"- It answers {summary['baseline_accuracy']:.1%} of {summary['n']} questions (95 % Wilson interval {low:.1%} to {high:.1%}).",
-        f"- Without the picture {summary['no_image_accuracy']:.1%}; with the picture there but hidden from all text in all layers "
+        f"- Scored by the first token alone: intact {summary['first_token_accuracy']:.1%}, without the picture "
+        f"{summary['no_image_accuracy']:.1%}, with the picture there but hidden from all text in all layers "
         f"{summary['hidden_image_accuracy']:.1%}.",
         f"- Knocking out nothing changes logits and log-probabilities by at most {summary['empty_knockout_max_change']:.1e}.",
         f"- {summary['n_skipped']} examples could not be used." if summary["n_skipped"] else "- Every example could be used.",
@@ -137,7 +140,7 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
         "## The flows", "", "![information flow](figures/information-flow.png)", "",
         f"Each point: attention edges cut in a window of {summary['window']} layers around it; the change in the probability of the "
         f"model's own first answer token, mean over {next(iter(summary['flows'].values()))['n'] if summary['flows'] else 0} examples "
-        "answered correctly, with a 95 % bootstrap interval. Strongest effect of each flow:", "",
+        f"{summary['swept']}, with a 95 % bootstrap interval. Strongest effect of each flow:", "",
         "| flow | layer | change of p | 95 % interval | n | columns cut | per column |", "|---|---|---|---|---|---|---|",
         *(
             f"| {name} | {layer} | {mean:.1f} % | {low:.1f} to {high:.1f} % | {summary['flows'][name]['n']} | "
@@ -158,14 +161,14 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
 
 
 def _controls(summary: Summary) -> list[str]:
-    lines = ["Controls (random image columns of equal number, same rows and windows):", ""]
+    lines = ["Controls (random image columns, as many as there are where the image has so many; same rows and windows):", ""]
     for name, flow in summary["controls"].items():
         worst = min(zip(flow["mean"], flow["layers"], strict=True))
         against = "related->question" if name == "random->question" else "question->last"
         if against in summary["flows"]:
             other = min(summary["flows"][against]["mean"])
             lines.append(
-                f"- {name}: at most {worst[0]:.1f} % (layer {worst[1]}), where {against} takes {other:.1f} % with "
+                f"- {name}: at most {worst[0]:.1f} % (layer {worst[1]}) with {flow['columns']:.1f} columns, where {against} takes {other:.1f} % with "
                 f"{summary['flows'][against]['columns']:.1f} columns."
             )
     return [*lines, ""]
@@ -175,6 +178,13 @@ def _depth(summary: Summary) -> list[str]:
     if summary["cutoff_layer"] is None:
         return []
     low, high = summary["cutoff_interval"]
+    if summary["cutoff_layer"] == summary["n_layers"]:
+        return [
+            "## How deep the image is needed", "",
+            f"To the end: hidden even from the last layer alone, the image changes the answer's probability by more than "
+            f"{summary['cutoff_tolerance']:g} % on average (95 % interval of the cut-off: {low} to {high}, {summary['n_layers']} "
+            f"meaning the end).", "",
+        ]  # fmt: skip
     return [
         "## How deep the image is needed", "",
         f"Hidden from all text from layer {summary['cutoff_layer']} on, the image no longer matters (95 % interval {low} to {high}): "

@@ -1,13 +1,14 @@
 """One example, looked at closely: what `sightline trace` shows."""
 
 import itertools
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from probe.example import Example, open_picture
+from probe.example import Example, Picture, open_picture
 from probe.plots import look as plots
 from probe.recorders import Lens, Mass, Rows
 from probe.subject import Subject
@@ -28,17 +29,24 @@ def look(subject: Subject, example: Example, out: Path | None, max_new_tokens: i
     answer = subject.generate(encoded, max_new_tokens)[0]
     token_map = encoded.maps[0]
     found = trace(subject, encoded, [Mass(rows=("last",)), Rows("last"), Lens(top=5)])
-    asked = {"prompt": example.prompt, "suffix": example.suffix, "images": [str(image) for image in example.images],
+    asked = {"prompt": example.prompt, "suffix": example.suffix, "images": [_identity(image) for image in example.images],
              "max_new_tokens": max_new_tokens}  # fmt: skip
     run = Run.open(out, "trace", asked, describe(subject), SCHEMA)
-    run.write("all", _rows(subject, found, token_map))
-    lines = ["# One question, looked at", "", f"> {example.prompt}", "", f"`{subject.name}` answers **{answer}**.", ""]
-    lines += _unknown_words(subject, token_map)
-    lines += _figures(run, subject, example, found, token_map)
-    spans = [{"segment": name, "start": start, "stop": stop} for name, start, stop in token_map.spans()]
-    summary = {"run": str(run.folder), "answer": answer, "n_positions": len(token_map), "segments": spans}
-    run.finish(summary, "\n".join(lines) + "\n")
+    with run.recorded():
+        run.write("all", _rows(subject, found, token_map))
+        lines = ["# One question, looked at", "", f"> {example.prompt}", "", f"`{subject.name}` answers **{answer}**.", ""]
+        lines += _unknown_words(subject, token_map)
+        lines += _figures(run, subject, example, found, token_map)
+        spans = [{"segment": name, "start": start, "stop": stop} for name, start, stop in token_map.spans()]
+        summary = {"run": str(run.folder), "answer": answer, "n_positions": len(token_map), "segments": spans}
+        run.finish(summary, "\n".join(lines) + "\n")
     return summary
+
+
+def _identity(image: Picture) -> str:
+    """A picture by its content: the same picture is the same wherever it comes from."""
+    opened = open_picture(image)
+    return f"{opened.width}x{opened.height}:{sha256(opened.tobytes()).hexdigest()[:16]}"
 
 
 def _unknown_words(subject: Subject, token_map: TokenMap) -> list[str]:

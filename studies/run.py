@@ -5,12 +5,14 @@ that a run killed at any moment and started again holds the same records, byte f
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -50,7 +52,7 @@ class Run:
         run = cls(folder, study, config, subject, schema)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            present = sorted(path.name for path in folder.iterdir())
+            present = sorted(path.name for path in folder.iterdir() if path.suffix != ".tmp")  # a kill may leave a .tmp
         except (OSError, NotADirectoryError) as error:
             raise RunError(f"{folder} cannot be made or read as a run directory: {error.strerror or error}") from error
         if (folder / "run.json").is_file():
@@ -68,8 +70,10 @@ class Run:
     def _continue(self) -> None:
         try:
             before = json.loads((self.folder / "run.json").read_text())
-        except ValueError as error:
-            raise RunError(f"{self.folder / 'run.json'} is damaged: name a new folder, or delete this one") from error
+        except (ValueError, OSError) as error:
+            raise RunError(
+                f"{self.folder / 'run.json'} is damaged or cannot be read: name a new folder, or delete this one"
+            ) from error
         if before.get("study") != self.study:
             raise RunError(
                 f"{self.folder} holds a run of the study {before.get('study')!r}, not {self.study!r}: name a new folder"
@@ -115,7 +119,10 @@ class Run:
             raise RunError(f"{target} cannot be written: {error.strerror or error}") from error
 
     def rows(self, keys: Iterable[str]) -> pa.Table:
-        """All rows of some units, in the order of the keys."""
+        """All rows of some units, in the order of the keys; parts of other units (another limit's) are removed."""
+        keys = list(keys)
+        for other in set((self.folder / "records").glob("part-*.parquet")) - {self.part(key) for key in keys}:
+            other.unlink()
         words = [field.name for field in self.schema if pa.types.is_string(field.type)]
         parts = [pq.read_table(self.part(key), schema=self.schema, read_dictionary=words) for key in keys]
         return pa.concat_tables(parts).unify_dictionaries()
@@ -123,7 +130,7 @@ class Run:
     # --- results ---
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
+        self.write_text(name, json.dumps(finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """A file of the run, written under another name and renamed."""
@@ -142,8 +149,10 @@ class Run:
         folder = self.folder / "figures"
         try:
             folder.mkdir(exist_ok=True)
-            paper.savefig(folder / f"{name}.png", dpi=200, bbox_inches="tight")
-            page.write_html(folder / f"{name}.html", include_plotlyjs=True, full_html=True)
+            paper.savefig(folder / f"{name}.png.tmp", dpi=200, bbox_inches="tight", format="png")
+            page.write_html(folder / f"{name}.html.tmp", include_plotlyjs=True, full_html=True)
+            for kind in ("png", "html"):
+                (folder / f"{name}.{kind}.tmp").replace(folder / f"{name}.{kind}")
         except OSError as error:
             raise RunError(f"the figure {name} cannot be written to {folder}: {error.strerror or error}") from error
 
@@ -153,9 +162,27 @@ class Run:
         self.write_text("report.md", report)
         self._save({"status": "done", "seconds": round(time.time() - self.started, 1)})
 
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Whatever ends the work early is written into run.json; the records stay, and asking again continues."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
     def fail(self, error: BaseException) -> None:
         """Says in run.json how the run ended; the records stay, and asking again continues."""
         self._save({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+
+
+def finite(value: Any) -> Any:
+    """The same value with None where a number is not one (a correlation of constants), so that it is JSON."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What do tracing and replaying cost, next to a plain forward pass and to the naive way?
 
-Everything is measured side by side in one process, interleaved, on a LLaVA-shaped model with random weights: the plain
-SDPA forward, the same pass traced (group masses and last rows of every layer), eager attention with
-output_attentions, a replayed three-flow sweep, and the naive loop of one masked forward for each layer and flow.
+Everything is measured side by side in one process on a LLaVA-shaped model with random weights, taking turns: the plain SDPA
+forward, the same pass traced (group masses and last rows of every layer), eager attention with output_attentions, and a
+replayed three-flow sweep; then, in turns with the replayed sweep again, the naive loop of one masked forward for each
+layer and flow.
 """
 
 import gc
@@ -62,6 +63,8 @@ def speed(
     from studies.speed_model import example, llava_shaped
 
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise StudyError(f"there is no dtype {dtype!r}: name float32, bfloat16 or float16")
     kind = getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
     sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
              "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
@@ -81,8 +84,8 @@ def speed(
         "sweep": lambda: sweep(subject, encoded, entries),
     }
     seconds = _interleaved(timed, rounds, target, quiet)
-    naive = _interleaved({"naive": lambda: sweep(subject, encoded, entries, method="naive")}, naive_rounds, target, quiet)
-    seconds |= naive
+    both = {"sweep again": timed["sweep"], "naive": lambda: sweep(subject, encoded, entries, method="naive")}
+    seconds |= _interleaved(both, naive_rounds, target, quiet)
     peaks = {name: _peak(timed[name], target) for name in ("forward", "trace", "eager")}
     summary = _summarise(subject, encoded, entries, seconds, peaks, timed, sizes)
     summary |= _streamed(stream, quiet) if stream else {}
@@ -194,7 +197,6 @@ def _summarise(
     subject: Subject, encoded: Encoded, entries: list[Knockout], seconds: dict[str, list[float]], peaks: dict[str, int],
     timed: dict[str, Callable[[], Any]], sizes: dict[str, Any],
 ) -> Summary:  # fmt: skip
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
     quartiles = {name: [float(q) for q in np.percentile(values, [25, 50, 75])] for name, values in seconds.items()}
     plain = timed["forward"]()
     fast, slow = timed["sweep"](), sweep(subject, encoded, entries, method="naive")
@@ -206,7 +208,7 @@ def _summarise(
         "trace_logits_bitwise": bool(torch.equal(timed["trace"]().logits, plain)),
         "sweep_in_forwards": _paired(seconds, "sweep", "forward"),
         "sweep_predicted_in_forwards": 1 + fast.layer_rows / fast.clean_layer_rows,
-        "sweep_speedup": median["naive"] / median["sweep"],
+        "sweep_speedup": _paired(seconds, "naive", "sweep again"),
         "sweep_max_difference": float((fast.edited[0] - slow.edited[0]).abs().max()),
         "sweep_same_answers": float((fast.edited[0].argmax(-1) == slow.edited[0].argmax(-1)).float().mean()),
         "seconds": quartiles, "peak_bytes": peaks,

@@ -42,9 +42,10 @@ def tell(out: Path | None, limit: int, quiet: bool, say: Callable[[str], None]) 
     for name, curve in flow["flows"].items():
         change, layer = min(zip(curve["mean"], curve["layers"], strict=True))
         say(f"  {name:<20} {change:7.1f} % at layer {layer}")
-    low, high = flow["cutoff_interval"]
-    say(
-        f"  the image is needed up to layer {flow['cutoff_layer']} [{low}, {high}]; without it {flow['no_image_accuracy']:.1%} are right"
-    )
+    if flow["cutoff_layer"]:
+        low, high = (layer - 1 for layer in flow["cutoff_interval"])
+        say(
+            f"  the image is read up to layer {flow['cutoff_layer'] - 1} [{low}, {high}]; without it {flow['no_image_accuracy']:.1%} are right"
+        )
     say(f"\none question looked at: {seen['run']}/report.md")
     return {"accuracy": accuracies, "information_flow": flow["run"], "trace": seen["run"], "report": f"{flow['run']}/report.md"}

@@ -15,9 +15,9 @@ from probe.analysis.stats import resampled_means
 from probe.errors import EditError, did_you_mean
 
 FLOWS: dict[str, tuple[str, str]] = {
-    # name: (rows that may no longer look, columns that they look at)
-    "image->question": ("question", "image"),
-    "image->last": ("last", "image"),
+    # name: (rows that may no longer look, columns that they look at); an image is all positions of its run
+    "image->question": ("question", "media"),
+    "image->last": ("last", "media"),
     "question->last": ("last", "question"),
     "last->last": ("last", "last"),
     "related->question": ("question", "related"),

@@ -60,10 +60,16 @@ def flow_figure(summary: Summary) -> Any:
             axes[2].axvspan(low, high, color=COLOURS[2], alpha=0.12, linewidth=0)
             axes[2].axvline(summary["cutoff_layer"], color=COLOURS[2], linestyle="--", linewidth=1.2)
             axes[2].annotate(
-                f"no longer matters\nfrom layer {summary['cutoff_layer']} [{low}, {high}]", (summary["cutoff_layer"], 0.5),
+                _depth(summary["cutoff_layer"], low, high, summary["n_layers"]), (summary["cutoff_layer"], 0.5),
                 xycoords=("data", "axes fraction"), xytext=(-6, 0), textcoords="offset points", ha="right", fontsize=8, color=COLOURS[2],
             )  # fmt: skip
     return figure
+
+
+def _depth(layer: int, low: int, high: int, n_layers: int) -> str:
+    if layer == n_layers:
+        return f"matters to the end\n[{low}, {high}]"
+    return f"no longer matters\nfrom layer {layer} [{low}, {high}]"
 
 
 def soft_figure(summary: Summary) -> Any:

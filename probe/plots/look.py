@@ -111,6 +111,7 @@ def lens_figure(words: Sequence[Sequence[str]], probs: np.ndarray) -> Any:
                     ha="center",
                     va="center",
                     fontsize=7,
+                    parse_math=False,
                     color=colour,
                 )
         axis.set(

@@ -73,6 +73,12 @@ class Batcher:
             pixels = torch.stack([pixels_of(scene, diet.held_out) for scene in scenes])
         return _pad(rows, pixels, scenes, asked)
 
+    def pictures(self, rows: int, held_out: bool = False) -> Batch:
+        """Pictures of scenes and what stands where, without questions."""
+        scenes = [world.sample_scene(self.rng, held_out) for _ in range(rows)]
+        blank: list[tuple] = [([self.image_id], [0], [0], [False], {}) for _ in scenes]
+        return _pad(blank, torch.stack([pixels_of(scene, held_out) for scene in scenes]), scenes, [[] for _ in scenes])
+
     def _asked(self, diet: Diet) -> tuple[world.Scene, list[world.Question]]:
         """A scene and questions about it; a scene that allows none of the kinds is passed over."""
         while True:

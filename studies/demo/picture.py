@@ -62,8 +62,8 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
 
 
 def _mask(name: str, rng: np.random.Generator, held_out: bool) -> np.ndarray:
-    """How much of each pixel a thing covers, in [0, 1], on a square of 21 to 28 pixels."""
-    size, angle = int(rng.integers(21, 29)), float(rng.uniform(-12, 12))
+    """How much of each pixel a thing covers, in [0, 1], on a square of 24 to 28 pixels."""
+    size, angle = int(rng.integers(24, 29)), float(rng.uniform(-10, 10))
     if name in DIGITS:
         samples = handwriting(held_out)[DIGITS.index(name)]
         digit = Image.fromarray(samples[int(rng.integers(len(samples)))])

@@ -51,13 +51,24 @@ class Stage:
     moving: float = 0.0
     presence: float = 0.0  # weight of the tower's auxiliary tasks: what the scene holds (CLS), what each cell holds
     summaries: float = 0.0  # weight of the auxiliary task at the end of each phrase of a twin
+    tower_steps: int = 0  # steps that the tower is taught alone, first
+    align: float = 0.0  # weight of the auxiliary task that a patch of each cell reads, inside the language model, like a phrase
 
 
 STAGES = {
     "text": Stage("text", 4000, 1e-3, (("text", 1.0),), ALL_KINDS, first=0.12, short_until=0.45, moving=0.3, summaries=0.5),
-    "frozen": Stage("frozen", 1800, 1e-3, (("picture", 1.0),), presence=1.0, short_until=0.0),
+    "frozen": Stage(
+        "frozen", 900, 1e-3, (("picture", 1.0),), questions=8, tower_steps=1200, presence=1.0, short_until=0.0, align=1.0
+    ),
     "joint": Stage(
-        "joint", 1600, 7e-4, (("picture", 0.8), ("text", 0.15), ("nothing", 0.05)), HARD, short_until=0.0, presence=0.3
+        "joint",
+        1600,
+        7e-4,
+        (("picture", 0.8), ("text", 0.15), ("nothing", 0.05)),
+        HARD,
+        questions=8,
+        short_until=0.0,
+        presence=0.3,
     ),
 }
 
@@ -83,28 +94,63 @@ class Pupil(nn.Module):
         embeds = self.model.get_input_embeddings()(batch.ids)
         guess = None
         if batch.pixels is not None:
-            tower = self.model.model.vision_tower(batch.pixels)
-            self.patches = tower.last_hidden_state[:, 1:]
+            guess = self.look(batch)
+            assert self.patches is not None
             patches = self.model.model.multi_modal_projector(self.patches)
             embeds = embeds.masked_scatter((batch.ids == self.model.config.image_token_id)[..., None], patches)
-            guess = self.presence(tower.pooler_output)
         states = self.model.get_decoder()(
             inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         ).last_hidden_state
         before = batch.answers.roll(-1, 1)
         return self.model.get_output_embeddings()(states[before]), guess
 
-    def cell_loss(self, batch: Batch) -> Tensor:
-        """How badly the patches of a cell, averaged, know what stands in it."""
+    def look(self, batch: Batch) -> Tensor:
+        """The tower alone: keeps its patches, gives the CLS token's presence logits."""
+        tower = self.model.model.vision_tower(batch.pixels)
+        self.patches = tower.last_hidden_state[:, 1:]
+        return self.presence(tower.pooler_output)
+
+    def cell_accuracy(self, batch: Batch) -> tuple[float, float]:
+        """Share of the occupied cells whose colour, and whose thing, is named rightly."""
+        there = batch.cells[..., 0] < len(world.COLOURS)
+        right = [
+            (guess.argmax(-1) == batch.cells[..., i])[there].float().mean().item()
+            for i, guess in enumerate(self._cell_guesses())
+        ]
+        return right[0], right[1]
+
+    def _cell_guesses(self) -> list[Tensor]:
+        """Logits of colour and thing for each cell, from the mean of its patches."""
         assert self.patches is not None
         side, per_cell = build.INPUT // build.PATCH, build.INPUT // build.PATCH // world.GRID
         grid = self.patches.transpose(1, 2).unflatten(2, (side, side))
         cells = nn.functional.avg_pool2d(grid, per_cell).flatten(2).transpose(1, 2)
+        return [head(cells) for head in self.cells]
+
+    def cell_loss(self, batch: Batch) -> Tensor:
+        """How badly the patches of a cell, averaged, know what stands in it."""
+        guesses = self._cell_guesses()
         losses = [
-            nn.functional.cross_entropy(head(cells).flatten(0, 1), batch.cells[..., i].flatten())
-            for i, head in enumerate(self.cells)
+            nn.functional.cross_entropy(guess.flatten(0, 1), batch.cells[..., i].flatten()) for i, guess in enumerate(guesses)
         ]
         return torch.stack(losses).mean()
+
+    def align_loss(self, batch: Batch) -> Tensor:
+        """How unlike a phrase's end, read by the same heads, the best patch of each occupied cell is after a few layers."""
+        side, per_cell = build.INPUT // build.PATCH, build.INPUT // build.PATCH // world.GRID
+        states = self.middle[0][batch.ids == self.model.config.image_token_id].view(len(batch.ids), side, side, -1)
+        cells = states.unfold(1, per_cell, per_cell).unfold(2, per_cell, per_cell).flatten(4).flatten(1, 2).transpose(2, 3)
+        there = batch.cells[..., 0] < len(world.COLOURS)
+        places = torch.arange(len(world.CELLS), device=cells.device).expand(len(cells), -1)
+        wanted = torch.cat([batch.cells, places[..., None]], -1)[there]
+        patches = cells[there]  # thing patch width
+        losses = torch.zeros(patches.shape[:2], device=patches.device)
+        for i, head in enumerate(list(self.facts)[:3]):
+            repeated = wanted[:, i, None].expand(-1, patches.shape[1]).flatten()
+            losses = losses + nn.functional.cross_entropy(head(patches).flatten(0, 1), repeated, reduction="none").view(
+                losses.shape
+            )
+        return losses.amin(1).mean() / 3
 
     def summary_loss(self, batch: Batch) -> Tensor:
         """How badly the end of each phrase of a twin knows, after a few layers, what the phrase said."""
@@ -133,6 +179,8 @@ def train(stage: Stage, pupil: Pupil, tokenizer: object, seed: int, device: torc
         if guess is not None and stage.presence:
             seen = nn.functional.binary_cross_entropy_with_logits(guess, batch.presence)
             total = loss + stage.presence * (10 * seen + pupil.cell_loss(batch))
+        if guess is not None and stage.align:
+            total = total + stage.align * pupil.align_loss(batch)
         if stage.summaries and bool((batch.phrases >= 0).any()):
             total = total + stage.summaries * pupil.summary_loss(batch)
         optimiser.zero_grad()
@@ -147,7 +195,54 @@ def train(stage: Stage, pupil: Pupil, tokenizer: object, seed: int, device: torc
             )
             shown = " ".join(f"{kind} {hits / n:.2f}" for kind, (hits, n) in report.items())
             print(
-                f"{stage.name} {step + 1} loss {loss.item():.3f} {(time.time() - start) / 60:.1f} min | {shown}",
+                f"{stage.name} {step + 1} loss {loss.item():.3f} of {total.item():.3f} {(time.time() - start) / 60:.1f} min | {shown}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def fit_facts(pupil: Pupil, tokenizer: object, device: torch.device, steps: int = 250) -> None:
+    """Trains the heads that read a phrase's facts off its end, on text twins, the language model untouched."""
+    batcher = Batcher(tokenizer, 3)
+    optimiser = torch.optim.AdamW(pupil.facts.parameters(), lr=1e-2)
+    for step in range(steps):
+        batch = batcher.draw(Diet(32, 1), "text").to(device)
+        with torch.no_grad():
+            pupil(batch)
+        loss = pupil.summary_loss(batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step == steps - 1:
+            print(f"facts read off phrases: loss {loss.item():.4f}", file=sys.stderr, flush=True)
+    pupil.facts.requires_grad_(False)
+
+
+def teach_tower(pupil: Pupil, tokenizer: object, device: torch.device, steps: int, rows: int = 64) -> None:
+    """Trains the tower alone to name what stands in each cell (patches) and what the scene holds (CLS): its pre-training."""
+    batcher = Batcher(tokenizer, 4)
+    tower = pupil.model.model.vision_tower
+    weights = [*tower.parameters(), *pupil.cells.parameters(), *pupil.presence.parameters()]
+    optimiser = torch.optim.AdamW(weights, lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_then_cosine(steps))
+    start = time.time()
+    for step in range(steps):
+        batch = batcher.pictures(rows).to(device)
+        seen = pupil.look(batch)
+        loss = pupil.cell_loss(batch) + 5 * nn.functional.binary_cross_entropy_with_logits(seen, batch.presence)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 100 == 99 or step == steps - 1:
+            with torch.no_grad():
+                unseen = batcher.pictures(64, held_out=True).to(device)
+                pupil.look(unseen)
+                colour, name = pupil.cell_accuracy(unseen)
+            minutes = (time.time() - start) / 60
+            print(
+                f"tower {step + 1} loss {loss.item():.3f} {minutes:.1f} min | colour {colour:.3f} name {name:.3f}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -210,7 +305,7 @@ def checkpoint_accuracy(
     return {kind: (tally[kind][0], tally[kind][1]) for kind in (*kinds, "all")}
 
 
-def make(name: str, out: Path, seed: int, device: torch.device, steps: int | None, fuse: bool) -> None:
+def make(name: str, out: Path, seed: int, device: torch.device, steps: int | None, fuse: bool, start: str) -> None:
     """Trains one model from the ones that it stands on, and saves it as a Hugging Face folder of half-precision weights."""
     processor = build.processor()
     tokenizer, stage = processor.tokenizer, STAGES[name]
@@ -228,13 +323,17 @@ def make(name: str, out: Path, seed: int, device: torch.device, steps: int | Non
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
     if name == "joint":
-        model = LlavaForConditionalGeneration.from_pretrained(out / "frozen", dtype=torch.float32)
+        model = LlavaForConditionalGeneration.from_pretrained(out / start, dtype=torch.float32)
     pupil = Pupil(model).to(device)
     if fuse:
         _compile(model)
-    start = time.time()
+    began = time.time()
+    if stage.align:
+        fit_facts(pupil, tokenizer, device)
+    if stage.tower_steps:
+        teach_tower(pupil, tokenizer, device, stage.tower_steps)
     train(stage, pupil, tokenizer, seed, device)
-    minutes = (time.time() - start) / 60
+    minutes = (time.time() - began) / 60
     for layer in (layer for tower in _towers(model) for layer in tower):
         layer.__dict__.pop("forward", None)
     model.half().save_pretrained(out / name)
@@ -265,10 +364,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="fewer steps, to try the machinery")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start-from", default="frozen", help="the model that `joint` goes on from: frozen, or joint itself")
     parser.add_argument("--no-compile", action="store_true", help="where torch.compile finds no C++ compiler")
     options = parser.parse_args()
     for name in options.models:
-        make(name, options.out, options.seed, torch.device(options.device), options.steps, not options.no_compile)
+        make(
+            name,
+            options.out,
+            options.seed,
+            torch.device(options.device),
+            options.steps,
+            not options.no_compile,
+            options.start_from,
+        )
 
 
 if __name__ == "__main__":

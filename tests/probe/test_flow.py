@@ -67,7 +67,7 @@ def test_flows_are_the_published_six():
         "related->question",
         "other->question",
     ]
-    assert flow_edges("image->question") == ("question", "image")
+    assert flow_edges("image->question") == ("question", "media")
     with pytest.raises(EditError, match=r"there is no flow 'image->lst' .did you mean 'image->last'"):
         flow_edges("image->lst")
 

@@ -118,6 +118,21 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(family, message):
     assert len(sweep(subject, example, [Knockout([8], [2])], method="naive").edited[0]) == 1
 
 
+def test_each_entrys_own_first_row_is_checked_for_lookahead():
+    subject = load(toys.build("paligemma"))
+    example = Example("a", "<image>what is the cat ?", (toys.picture(),))
+    with pytest.raises(ReplayError, match="lets positions look ahead"):
+        sweep(subject, example, [Knockout([0], [0]), Knockout("last", "image")])
+
+
+def test_examples_without_entries_may_end_earlier(toy, pair):
+    subject = toy("llava")
+    encoded = subject.encode(pair, "right")
+    longest = max(m.last for m in encoded.maps)
+    found = sweep(subject, encoded, lambda m: [Knockout("last", "image")] if m.last == longest else [])
+    assert sorted(len(e) for e in found.edited) == [0, 1]
+
+
 def test_other_edits_go_the_naive_way(toy, pair):
     with pytest.raises(ReplayError, match='run Ablate entries with method="naive"'):
         sweep(toy("llava"), pair, [Ablate("mlp_out", 1)])

@@ -120,6 +120,14 @@ def test_a_row_that_may_look_nowhere_reads_zero(toy):
     assert torch.isfinite(found.logits).all()
 
 
+def test_a_group_that_is_empty_cuts_and_records_nothing(toy, pair):
+    subject = toy("llava")
+    encoded = subject.encode(pair)
+    found = trace(subject, encoded, [Rows("options")], [Knockout("options", "image"), Knockout([], "image")])
+    assert torch.equal(found.logits, last_logits(subject, encoded))
+    assert found["rows"].tensor.shape[3] == 0
+
+
 def test_heads_can_be_cut_one_by_one(toy):
     subject = toy("llava")
     encoded = subject.encode(Example("a", "is there a dog ?", (toys.picture(),)))
