@@ -54,7 +54,7 @@ class Sweep:
 
     encoded: Encoded
     clean: Float[Tensor, "example vocabulary"]
-    edited: tuple[Float[Tensor, "entry vocabulary"], ...]  # one for each example, float32
+    edited: tuple[Float[Tensor, "_entry vocabulary"], ...]  # one for each example, float32
     layer_rows: int
     clean_layer_rows: int
 

@@ -38,7 +38,7 @@ def _panels(summary: Summary) -> list[tuple[str, dict[str, Curve], str]]:
 def flow_figure(summary: Summary) -> Any:
     """Three panels: the four flows, the patches, the cumulative cut-off with its interval (matplotlib)."""
     with styled() as figure_class:
-        figure = figure_class(figsize=(11.5, 3.6))
+        figure = figure_class(figsize=(11.5, 4.3))
         axes = figure.subplots(1, 3)
         for axis, (title, curves, label) in zip(axes, _panels(summary), strict=True):
             for name, curve in curves.items():
@@ -52,8 +52,8 @@ def flow_figure(summary: Summary) -> Any:
             axis.axhline(0, color="#888888", linewidth=0.8)
             axis.set(title=title, xlabel=label)
             _layer_ticks(axis, summary["n_layers"])
-            if curves:
-                axis.legend(loc="lower right")
+            if len(curves) > 1:
+                _legend(axis)
         axes[0].set_ylabel(CHANGE)
         if summary["cutoff_layer"] is not None:
             low, high = summary["cutoff_interval"]
@@ -76,7 +76,7 @@ def soft_figure(summary: Summary) -> Any:
     """Attention mass beside causal effect for each flow, and their rank correlation over examples (matplotlib)."""
     flows = {name: flow for name, flow in summary["flows"].items() if "mass" in flow}
     with styled() as figure_class:
-        figure = figure_class(figsize=(8.5, 3.4))
+        figure = figure_class(figsize=(9.0, 4.2))
         left, right = figure.subplots(1, 2)
         for name, flow in flows.items():
             left.plot(flow["layers"], flow["mass"], marker="o", color=TINT[name], label=LABELS[name])
@@ -92,7 +92,8 @@ def soft_figure(summary: Summary) -> Any:
         for axis in (left, right):
             _layer_ticks(axis, summary["n_layers"])
         if flows:
-            left.legend(loc="best")
+            _legend(left)
+            _legend(right)
     return figure
 
 
@@ -125,6 +126,11 @@ def _line(axis: Any, curve: Curve, label: str, colour: str, dashed: bool = False
         linestyle="--" if dashed else "-",
         label=f"{label} (n={curve['n']})",
     )
+
+
+def _legend(axis: Any) -> None:
+    """Below the panel, where it hides no curve."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2 if len(axis.get_legend_handles_labels()[0]) > 3 else 1)
 
 
 def _layer_ticks(axis: Any, n_layers: int) -> None:

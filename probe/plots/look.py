@@ -65,7 +65,7 @@ def mass_figure(mass: np.ndarray, groups: Sequence[str]) -> Any:
     with styled() as figure_class:
         figure = figure_class(figsize=(5.2, 3.2))
         axis = figure.subplots()
-        layers = np.arange(len(mass))
+        layers = list(range(len(mass)))
         axis.stackplot(layers, mass.T, labels=groups, colors=[_SEGMENT_COLOURS[name] for name in groups], linewidth=0)
         axis.set(
             title="Where the last position looks",
@@ -74,7 +74,7 @@ def mass_figure(mass: np.ndarray, groups: Sequence[str]) -> Any:
             ylim=(0, 1),
             xlim=(0, len(mass) - 1),
         )
-        axis.set_xticks(ticks(list(layers)))
+        axis.set_xticks(ticks(layers))
         axis.grid(False)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
