@@ -62,7 +62,9 @@ def test_public_names_are_importable_and_lazy():
 @pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
 def test_every_python_example_runs(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, page, "exec"), {"__name__": "example"})
+    names = {"__name__": "example"}
+    exec(compile(code, page, "exec"), names)
+    assert len(names) > 2  # it defined what it speaks of, beside __name__ and __builtins__
 
 
 def test_there_are_examples():
