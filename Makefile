@@ -25,8 +25,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## what tracing and replaying cost; BENCH="--layers 32 ..." for other sizes
+bench: $(VENV)/.installed  ## what tracing, replaying and the backends cost; BENCH="--layers 32 ..." and BACKENDS="..." for other sizes
 	$(BIN)/sightline study speed $(BENCH)
+	$(BIN)/sightline study backends $(BACKENDS)
 
 support: $(VENV)/.installed  ## write the table of families from the contract tests
 	SIGHTLINE_WRITE_SUPPORT=1 $(BIN)/python -m pytest tests/probe/test_contract.py -q

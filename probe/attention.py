@@ -95,6 +95,25 @@ class RowAttention:
     weight: Float[Tensor, "batch head row key"]  # exp(score), 0 where hidden
     total: Float[Tensor, "batch head row 1"]
 
+    @classmethod
+    def picked(
+        cls,
+        pattern: Float[Tensor, "batch head query key"],
+        rows: Int[Tensor, "batch row"],
+        real: Bool[Tensor, "batch key"],
+    ) -> "RowAttention":
+        """Rows of a pattern that somebody else has computed: its probabilities are the weights, and the total is one.
+
+        `real` is False where a key is padding. A query that may look nowhere is spread by eager attention over all keys,
+        padding too, which no other query sees: such a row has weight 0 everywhere, as from `attend_rows`.
+        """
+        heads, keys = pattern.shape[1], pattern.shape[3]
+        weight = pattern.gather(2, rows[:, None, :, None].expand(-1, heads, -1, keys)).float()
+        lost = (weight * ~real[:, None, None, :]).sum(-1, keepdim=True) > 0
+        weight = weight.masked_fill(lost, 0.0)
+        score = weight.clamp(min=torch.finfo(weight.dtype).tiny).log()
+        return cls(rows, score, weight, torch.ones_like(weight[..., :1]))
+
     @property
     def probability(self) -> Tensor:
         return self.weight / self.total

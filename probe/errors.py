@@ -6,6 +6,7 @@ SightlineError
 ├── ExampleError   (ValueError)   a prompt, picture or region that cannot be used
 ├── TokenError     (ValueError)   positions that do not fit the picture
 ├── EditError      (ValueError)   an edit or recorder that the model has no place for
+├── BackendError   (RuntimeError) a library that cannot read what was asked for
 ├── ReplayError    (RuntimeError) a sweep that cannot be replayed exactly
 ├── DataError      (ValueError)   a data set with a defect
 ├── StudyError     (ValueError)   a study asked for something that it does not have
@@ -35,6 +36,10 @@ class TokenError(SightlineError, ValueError):
 
 class EditError(SightlineError, ValueError):
     """An edit or a recorder names something that the model does not have."""
+
+
+class BackendError(SightlineError, RuntimeError):
+    """A backend is missing, does not take this architecture, or has no such point or edit."""
 
 
 class ReplayError(SightlineError, RuntimeError):

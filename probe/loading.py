@@ -1,6 +1,9 @@
 """Open a model from a folder, the hub, or memory: safetensors only, remote code only when asked for, errors by name."""
 
 import json
+import sys
+from importlib import import_module
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -79,17 +82,19 @@ def _first_sentence(error: Exception) -> str:
     return text.split(". ")[0][:300]
 
 
-def load_processor(source: str, trust_remote_code: bool, revision: str | None) -> Any:
-    """The processor at a folder or hub id; its tokenizer alone where the model is text-only.
+def load_processor(source: str, trust_remote_code: bool, revision: str | None, words_only: bool = False) -> Any:
+    """The processor at a folder or hub id; its tokenizer alone where the model is text-only, or with `words_only`.
 
     transformers' video processors need torchvision. Where it is not installed, the processor is built from its picture
     and text parts, and refuses videos.
     """
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
+        if words_only:
+            return transformers.AutoTokenizer.from_pretrained(source, **options)
         return transformers.AutoProcessor.from_pretrained(source, **options)
-    except (ImportError, TypeError, ValueError, OSError, AttributeError) as error:
-        found = _without_video(source, options)
+    except (ImportError, TypeError, ValueError, OSError, AttributeError, RecursionError) as error:
+        found = None if words_only else _without_video(source, options)
         if found is None:
             raise LoadError(f"the processor in {source} cannot be opened: {_first_sentence(error)}") from error
         return found
@@ -99,21 +104,43 @@ def _without_video(source: str, options: dict[str, Any]) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         name = tokenizer.init_kwargs.get("processor_class") or _processor_class(source)
-        processor_class = getattr(transformers, name or "", None)
-        if processor_class is None:
+        if not name or not hasattr(transformers, name):
             return None
+        wanted = processor_class(name)
         images = transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **options)
     except (ImportError, TypeError, ValueError, OSError):
         return None
     template = getattr(tokenizer, "chat_template", None) or _chat_template(source)
-    known = set(signature(processor_class.__init__).parameters) - {
-        "chat_template",
-        "image_processor",
-        "tokenizer",
-        "video_processor",
-    }
+    known = set(signature(wanted.__init__).parameters) - {
+        "chat_template", "image_processor", "tokenizer", "video_processor", "feature_extractor",
+    }  # fmt: skip
     settings = {key: value for key, value in _settings(source).items() if key in known}
-    return picture_only(processor_class)(images, tokenizer, None, chat_template=template, **settings)
+    parts: dict[str, Any] = {"image_processor": images, "tokenizer": tokenizer}
+    if "feature_extractor" in wanted.get_attributes():
+        parts["feature_extractor"] = transformers.AutoFeatureExtractor.from_pretrained(source, **options)
+    if "video_processor" in wanted.get_attributes():
+        wanted, parts["video_processor"] = picture_only(wanted), None
+    return wanted(**parts, chat_template=template, **settings)
+
+
+def processor_class(name: str) -> Any:
+    """A processor class of transformers by its name, Pixtral's too where torchvision is not installed.
+
+    Pixtral's processor imports one size computation from a module that needs torchvision; the same function stands in
+    the Pillow module beside it, which takes that module's place during the import.
+    """
+    if name != "PixtralProcessor" or find_spec("torchvision"):
+        return getattr(transformers, name)
+    package = "transformers.models.pixtral"
+    hidden = f"{package}.image_processing_pixtral"
+    before = sys.modules.get(hidden)
+    sys.modules[hidden] = import_module(f"{package}.image_processing_pil_pixtral")
+    try:
+        return import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[hidden]
+        if before is not None:
+            sys.modules[hidden] = before
 
 
 def picture_only(processor_class: Any) -> Any:

@@ -41,7 +41,8 @@ class Mass:
     Records `mass` (layer batch head row_group column_group), the mean over a group's rows; columns default to every
     segment that the batch has, so that a row's masses sum to one. `entropy` (layer batch head row_group) is in nats.
     `sink` (layer batch head row_group) is the mass on `sinks`: the first position by default (arXiv 2309.17453), or
-    positions of your own.
+    positions of your own. In cross-attention layers the columns are groups of the picture's keys (their map is
+    `TokenMap.crossed`) and the sink is their first key.
     """
 
     rows: tuple[str, ...] = ("question", "last")
@@ -55,20 +56,26 @@ class Rows:
     """Attention rows: `rows` (layer batch head row key), for the last position or any group or positions.
 
     Rows of shorter groups in a batch are padded with zeros at the end; `row_positions` (batch row) says which rows
-    they are, -1 for padding.
+    they are, -1 for padding. Layers default to all of one sort: self-attention, or with `cross` the layers whose keys are
+    the picture's.
     """
 
     positions: Group = "last"
     layers: Layers = None
     heads: int | Iterable[int] | None = None
+    cross: bool = False
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """Full attention patterns, `patterns` (layer batch head query key), for chosen layers and heads: N x N for each."""
+    """Full attention patterns, `patterns` (layer batch head query key), for chosen layers and heads: N x N for each.
+
+    With `cross`, of cross-attention layers, whose keys are the picture's.
+    """
 
     layers: Layers
     heads: int | Iterable[int] | None = None
+    cross: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,16 +131,22 @@ def pad_positions(maps: tuple[TokenMap, ...], group: Group) -> Tensor:
 class MassCollector:
     """Turns row attention into group masses, layer by layer."""
 
-    def __init__(self, recorder: Mass, maps: tuple[TokenMap, ...], device: torch.device) -> None:
+    def __init__(self, recorder: Mass, maps: tuple[TokenMap, ...], device: torch.device, cross: tuple[bool, ...] = ()) -> None:
         self.groups = recorder.rows
-        self.columns = recorder.columns or tuple(name for name in SEGMENTS if any(name in m.segments for m in maps))
+        self.cross = cross  # layer by layer, whether its keys are the picture's
+        keys = [space for m in maps for space in (m, m.crossed) if space is not None]
+        self.columns = recorder.columns or tuple(name for name in SEGMENTS if any(name in space.segments for space in keys))
         picked = [pad_positions(maps, group) for group in recorder.rows]
         self.rows = _union(picked).to(device)
         # batch group row: the share of each row in its group's mean
         self.shares = torch.stack([_share(self.rows.cpu(), group) for group in picked], 1).to(device)
-        self.member = torch.stack([_one_hot(maps, column) for column in self.columns], -1).to(device)
+        self.member = {False: torch.stack([_one_hot(maps, column) for column in self.columns], -1).to(device)}
         sinks = [[token_map.first] if recorder.sinks == "first" else recorder.sinks for token_map in maps]
-        self.sink = torch.stack([_one_hot((m,), s)[0] for m, s in zip(maps, sinks, strict=True)]).to(device)
+        self.sink = {False: torch.stack([_one_hot((m,), s)[0] for m, s in zip(maps, sinks, strict=True)]).to(device)}
+        if any(cross):
+            self.member[True] = torch.stack([crossed_one_hot(maps, column) for column in self.columns], -1).to(device)
+            self.sink[True] = torch.zeros_like(self.member[True][..., 0])
+            self.sink[True][:, 0] = 1.0
         self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def take(self, layer: int, attention: RowAttention) -> None:
@@ -141,8 +154,9 @@ class MassCollector:
         device = attention.weight.device  # layers may live on different ones
         shares = self.shares.to(device)[:, None]
         mean = (shares / attention.total.transpose(2, 3)) @ attention.weight
-        mass = mean @ self.member.to(device)[:, None]
-        sink = (mean * self.sink.to(device)[:, None, None]).sum(-1)
+        space = bool(self.cross) and self.cross[layer]
+        mass = mean @ self.member[space].to(device)[:, None]
+        sink = (mean * self.sink[space].to(device)[:, None, None]).sum(-1)
         entropy = (shares @ attention.entropy[..., None])[..., 0]
         self.found[layer] = (mass.cpu(), entropy.cpu(), sink.cpu())
 
@@ -300,4 +314,13 @@ def _one_hot(maps: tuple[TokenMap, ...], group: Group) -> Tensor:
     made = torch.zeros(len(maps), len(maps[0]))
     for i, token_map in enumerate(maps):
         made[i, token_map.positions(group)] = 1.0
+    return made
+
+
+def crossed_one_hot(maps: tuple[TokenMap, ...], group: Group) -> Tensor:
+    """Which keys of cross-attention layers belong to a group (batch key); a group of the sequence's positions has none."""
+    longest = max(len(token_map.crossed or ()) for token_map in maps)
+    made = torch.zeros(len(maps), longest)
+    for i, token_map in enumerate(maps):
+        made[i, token_map.crossed_positions(group)] = 1.0
     return made

@@ -4,25 +4,29 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from jinja2 import TemplateError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probe.anatomy import Anatomy, Check, Row, resolve, verify
+from probe.anatomy import Anatomy, Check, Row, resolve, row_of, verify
 from probe.errors import ExampleError, LoadError
-from probe.example import Example, open_picture
-from probe.geometry import GEOMETRIES, Layout
+from probe.example import Example
+from probe.frames import FRAMES, Filmed, joined
+from probe.geometry import GEOMETRIES, SOUND_GEOMETRIES
 from probe.loading import load_model, load_processor
-from probe.tokens import Rendered, TokenMap, build_map
+from probe.mapping import Medium, Rendered, build_map
+from probe.media import Clip, Wave, open_picture, open_sound, open_video
+from probe.prompts import marks_of, render
+from probe.tokens import TokenMap
 
 Side = Literal["left", "right"]
-_CONTROLS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Encoded:
     inputs: dict[str, Any]
     maps: tuple[TokenMap, ...]
     examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()  # what was done to the media on the way, for people to know
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -44,6 +49,16 @@ class Encoded:
     def with_maps(self, maps: Sequence[TokenMap]) -> "Encoded":
         """The same batch with other maps: more named groups, say."""
         return replace(self, maps=tuple(maps))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One example's media, decoded."""
+
+    pictures: list[Image.Image]
+    videos: list[Clip]
+    sounds: list[Wave]
+    notes: tuple[str, ...]
 
 
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
@@ -119,126 +134,131 @@ class Subject:
     def render(self, example: Example) -> Rendered:
         """The prompt as the model will read it, before placeholders grow, and which characters are which segment.
 
-        Raises ExampleError when the pictures and their places in the prompt do not match, or a text-only model is
-        shown a picture.
+        Raises ExampleError when media and their places in the prompt do not match, or a text-only model is shown a
+        picture.
         """
-        if example.images and self.anatomy.vision is None:
-            raise ExampleError(
-                f"{self.name} is a text-only model ({self.anatomy.model_type}): example {example.id!r} shows it "
-                f"{len(example.images)} picture(s), which it has no way to see"
-            )
-        template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        body = "\n".join(part for part in (example.context, example.prompt, example.options, example.suffix) if part)
-        mark = self.placeholder
-        places = body.count(mark) if mark else 0
-        if places and places != len(example.images):
-            raise ExampleError(
-                f"the prompt of example {example.id!r} has {places} places for pictures ({mark}) but {len(example.images)} "
-                f"picture(s) came with it"
-            )
-        if not template:
-            if example.images and not places:
-                raise ExampleError(
-                    f"the prompt of example {example.id!r} has no place for its picture, and the model no chat template "
-                    f"to make one: write {mark} where the picture belongs"
-                )
-            return _located(body, example, mark, chat=False)
-        content: Any = [] if places else [{"type": "image"} for _ in example.images]
-        for number, piece in enumerate(body.split(mark) if places and mark else [body]):
-            content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": piece}] if piece.strip() else []
-        system: Any = [{"type": "text", "text": example.system}]
-        if self.anatomy.vision is None:  # templates of text-only models expect plain strings
-            content, system = body, example.system
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if example.system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-        try:
-            text = owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ExampleError(f"the chat template of {self.name} refuses example {example.id!r}: {error}") from error
-        if mark and text.count(mark) != len(example.images):
-            raise ExampleError(
-                f"the chat template of {self.name} made {text.count(mark)} places for the {len(example.images)} picture(s) of "
-                f"example {example.id!r}: write {mark} in the prompt where each belongs"
-            )
-        return _located(text, example, mark, chat=True)
+        return render(self.name, self.processor, self.anatomy, self.marks, example)
 
     @cached_property
-    def placeholder(self) -> str | None:
-        """The text that stands for a picture in a prompt."""
-        for name in ("image_token", "boi_token"):
-            token = getattr(self.processor, name, None)
-            if token is not None and self.anatomy.vision is not None:
-                return str(token)
-        if self.anatomy.image_token_id is None:
-            return None
-        return str(self.tokenizer.convert_ids_to_tokens(self.anatomy.image_token_id))
+    def marks(self) -> dict[str, str]:
+        """The text that stands for a picture (`image`), a video and a sound (`audio`) in a prompt."""
+        return marks_of(self.processor, self.anatomy)
 
     def encode(self, examples: Example | Sequence[Example], padding: Side = "left") -> Encoded:
-        """One padded batch from examples that all have pictures, or all have none.
+        """One padded batch from examples that all come with the same kinds of media, or all with none.
 
-        Tensors are on the model's device, floating ones in its dtype. Raises ExampleError for a picture that cannot be
-        opened and TokenError where positions and pictures do not fit.
+        Tensors are on the model's device, floating ones in its dtype. Raises ExampleError for a medium that cannot be
+        opened and TokenError where positions and media do not fit.
         """
         batch = (examples,) if isinstance(examples, Example) else tuple(examples)
-        if len({bool(example.images) for example in batch}) > 1:
+        if len({tuple(map(bool, example.media.values())) for example in batch}) > 1:
             raise ExampleError("a batch holds examples with pictures and examples without: encode them apart")
         rendered = [self.render(example) for example in batch]
-        pictures = [[open_picture(picture) for picture in example.images] for example in batch]
-        inputs = self._process([r.text for r in rendered], pictures, padding)
-        maps = self._maps(batch, rendered, pictures, inputs, padding)
+        opened = [self.open_media(example) for example in batch]
+        filmed = [[self._film(clip) for clip in one.videos] for one in opened]
+        inputs = self._process([r.text for r in rendered], opened, filmed, padding)
+        maps = self._maps(rendered, opened, filmed, inputs)
         placed = {key: self._place(value) for key, value in inputs.items()}
-        return Encoded(placed, maps, batch)
+        return Encoded(placed, maps, batch, tuple(note for one in opened for note in one.notes))
 
-    def _process(self, texts: list[str], pictures: list[list[Any]], padding: Side) -> dict[str, Any]:
-        bos = getattr(self.tokenizer, "bos_token", None)
+    def open_media(self, example: Example) -> Opened:
+        """The example's pictures, videos and sounds, decoded; sounds at the sampling rate that the model wants.
+
+        Raises ExampleError for a medium that cannot be opened.
+        """
+        sounds = [open_sound(sound) for sound in example.sounds]
+        rate = self.processor.feature_extractor.sampling_rate if sounds else 0
+        notes = tuple(
+            f"sound {i} of example {example.id!r} was resampled from {sound.rate} to {rate} Hz"
+            for i, sound in enumerate(sounds) if sound.rate != rate
+        )  # fmt: skip
+        return Opened(
+            [open_picture(picture) for picture in example.images],
+            [open_video(video) for video in example.videos],
+            [sound.at(rate) for sound in sounds],
+            notes,
+        )
+
+    def _film(self, clip: Clip) -> Filmed:
+        return FRAMES[self.anatomy.row.videos or ""](clip, self.processor, self.config)
+
+    def _process(self, texts: list[str], opened: list[Opened], filmed: list[list[Filmed]], padding: Side) -> dict[str, Any]:
+        films = [film for one in filmed for film in one]
+        if films:  # the runs of clips are written out here; the processor sees nothing but tokens
+            texts = [_grown(text, self.marks["video"], one) for text, one in zip(texts, filmed, strict=True)]
         if len(texts) > 1 and self.tokenizer.pad_token is None:
             raise ExampleError(f"the tokenizer of {self.name} has no pad token: put examples to it one at a time (--batch 1)")
         options: dict[str, Any] = {
             "padding": len(texts) > 1, "padding_side": padding, "return_tensors": "pt",
-            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+            "add_special_tokens": self._adds_special(texts[0]),
         }  # fmt: skip
+        pictures = [one.pictures for one in opened]
         if any(pictures):
-            options["images"] = pictures
-            if "qwen" in self.anatomy.model_type:
-                options["return_mm_token_type_ids"] = True
-        made = self.processor(text=texts, **options)
+            flat = self.anatomy.row.places == "unmarked"
+            options["images"] = [picture for one in pictures for picture in one] if flat else pictures
+        if sounds := [sound for one in opened for sound in one.sounds]:
+            options |= {"audio": [sound.samples for sound in sounds], "sampling_rate": sounds[0].rate}
+        if "qwen" in self.anatomy.model_type and any(pictures):
+            options["return_mm_token_type_ids"] = True
+        shown = any(one.pictures or one.sounds for one in opened)
+        try:
+            made = self.processor(text=texts, **options) if shown else self.tokenizer(texts, **options)
+        except (ImportError, ValueError, TypeError) as error:
+            raise ExampleError(f"the processor of {self.name} refuses these examples: {error}") from error
         known = signature(self.model.forward).parameters
-        unwanted = {"labels"} | ({"token_type_ids"} - known.keys())
-        return {key: value for key, value in made.items() if key not in unwanted}
+        if films:
+            made |= joined(films)
+            if "mm_token_type_ids" in known:  # 0 text, 1 picture, 2 video
+                kinds = made.get("mm_token_type_ids", torch.zeros_like(made["input_ids"]))
+                made["mm_token_type_ids"] = kinds.masked_fill(made["input_ids"] == self.anatomy.video_token_id, 2)
+        pixels = known.get("pixel_values")
+        if pixels is not None and pixels.default is Parameter.empty and "pixel_values" not in made:
+            raise ExampleError(f"a {self.anatomy.family} model cannot be asked anything without a picture")
+        unwanted = {"labels"} | ({"token_type_ids", "num_audio_tokens", "mm_token_type_ids"} - known.keys())
+        inputs = {key: value for key, value in made.items() if key not in unwanted}
+        if self.anatomy.row.places == "unmarked":  # BLIP's processors put the picture before the padding
+            _pack(inputs, "input_ids", "attention_mask", padding)
+        if "qformer_input_ids" in inputs:  # a Q-Former counts positions from the row's start
+            _pack(inputs, "qformer_input_ids", "qformer_attention_mask", "right")
+        return inputs
+
+    def _adds_special(self, text: str) -> bool:
+        bos = getattr(self.tokenizer, "bos_token", None)
+        return not (bos and text.startswith(bos))
 
     def _maps(
-        self,
-        batch: tuple[Example, ...],
-        rendered: list[Rendered],
-        pictures: list[list[Any]],
-        inputs: dict[str, Any],
-        side: Side,
+        self, rendered: list[Rendered], opened: list[Opened], filmed: list[list[Filmed]], inputs: dict[str, Any]
     ) -> tuple[TokenMap, ...]:
-        geometry = GEOMETRIES.get(self.anatomy.row.geometry or "")
-        special = not (self.tokenizer.bos_token and rendered[0].text.startswith(self.tokenizer.bos_token))
-        maps, seen = [], 0
-        for row, (text, shown) in enumerate(zip(rendered, pictures, strict=True)):
+        ids = [self.tokenizer.convert_tokens_to_ids(mark) for mark in self.marks.values()]
+        special = self._adds_special(rendered[0].text)
+        maps, seen = [], {"image": 0, "video": 0, "audio": 0}
+        for row, (text, one, films) in enumerate(zip(rendered, opened, filmed, strict=True)):
             kept = inputs["attention_mask"][row].bool()
             tokens = inputs["input_ids"][row][kept].tolist()
             plain = self.tokenizer(text.text, return_offsets_mapping=True, add_special_tokens=special)
-            layouts: list[Layout] | None = None
-            if geometry is not None:
-                layouts = [
-                    geometry((image.height, image.width), seen + i, inputs, self.processor, self.config)
-                    for i, image in enumerate(shown)
-                ]
-            seen += len(shown)
-            spellings = [self.tokenizer.decode([token]) for token in tokens]
             made = build_map(
-                tokens, spellings, text, plain["input_ids"], plain["offset_mapping"], self.anatomy.image_token_id,
-                self.tokenizer.bos_token_id, layouts, [image.size for image in shown],
+                tokens, [self.tokenizer.decode([token]) for token in tokens], text, plain["input_ids"],
+                plain["offset_mapping"], frozenset(ids), self.tokenizer.bos_token_id, self._media(one, films, inputs, seen),
             )  # fmt: skip
-            missing = len(kept) - len(tokens)
-            maps.append(made.shifted(missing, 0) if side == "left" else made.shifted(0, missing))
+            maps.append(made.spread(np.nonzero(kept.numpy())[0], len(kept)))
         return tuple(maps)
+
+    def _media(self, opened: Opened, films: list[Filmed], inputs: dict[str, Any], seen: dict[str, int]) -> list[Medium]:
+        """The example's media with their layouts; `seen` counts those of the batch so far."""
+        anatomy, row = self.anatomy, self.anatomy.row
+        pictures, sounds = GEOMETRIES.get(row.geometry or ""), SOUND_GEOMETRIES.get(row.sounds or "")
+        media = []
+        for image in opened.pictures:
+            size = (image.height, image.width)
+            layout = pictures(size, seen["image"], inputs, self.processor, self.config) if pictures else None
+            media.append(Medium("image", anatomy.image_token_id, layout, image.size))
+            seen["image"] += 1
+        media += [Medium("video", anatomy.video_token_id, film.layout) for film in films]
+        for sound in opened.sounds:
+            layout = sounds(sound.seconds, seen["audio"], inputs, self.processor, self.config) if sounds else None
+            media.append(Medium("audio", anatomy.audio_token_id, layout))
+            seen["audio"] += 1
+        return media
 
     def _place(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -276,63 +296,25 @@ class Subject:
             found.append(int((new or whole[-1:])[0]))
         return found
 
-    def without_images(self, example: Example) -> Example:
-        """The same question with nothing to look at, and no place left for it in the prompt."""
-        blind, mark = example.without_images(), self.placeholder
-        if not mark:
-            return blind
-        texts = {name: getattr(blind, name).replace(mark, "").strip() for name in ("prompt", "context", "options", "suffix")}
+    def without_media(self, example: Example) -> Example:
+        """The same question with nothing to look at or listen to, and no place left for it in the prompt."""
+        blind = example.without_media()
+        texts = {name: getattr(blind, name) for name in ("prompt", "context", "options", "suffix")}
+        for mark in self.marks.values():
+            texts = {name: text.replace(mark, "").strip() for name, text in texts.items()}
         return replace(blind, **texts)
 
 
-def _located(text: str, example: Example, mark: str | None, chat: bool) -> Rendered:
-    """Finds the parts of the example in the rendered prompt, last occurrence first, since the template stands around them.
-
-    A part with places for pictures inside it is found piece by piece. Raises ExampleError where a template rewrites a
-    part, so that nobody knows which positions it has.
-    """
-    spans: list[tuple[str, int, int]] = []
-    end, tail = len(text), 0
-    parts = (
-        ("suffix", example.suffix),
-        ("options", example.options),
-        ("question", example.prompt),
-        ("context", example.context),
-    )
-    for name, part in parts:
-        for piece in reversed(part.split(mark) if mark else [part]):
-            piece = piece.strip()
-            if not piece:
-                continue
-            start = text.rfind(piece, 0, end)
-            if start < 0:
-                raise ExampleError(
-                    f"the chat template rewrites the {name} of example {example.id!r}: {piece[:60]!r} is not in the prompt"
-                )
-            spans.append((name, start, start + len(piece)))
-            tail, end = max(tail, start + len(piece)), start
-    if chat and tail < len(text):
-        spans.append(("header", tail, len(text)))
-    if chat:
-        spans += _system(text, example, end)
-    return Rendered(text, tuple(spans))
+def _grown(text: str, mark: str, films: list[Filmed]) -> str:
+    """A prompt with each video's mark written as often as its run is long."""
+    pieces = text.split(mark)
+    return "".join(piece + mark * film.layout.length for piece, film in zip(pieces, films, strict=False)) + pieces[-1]
 
 
-def _system(text: str, example: Example, end: int) -> list[tuple[str, int, int]]:
-    """System words: those of the example, or whatever a template puts before the first turn by itself."""
-    if example.system:
-        start = text.find(example.system, 0, end)
-        return [("system", start, start + len(example.system))] if start >= 0 else []
-    return [("system", 0, _first_turn(text, end))]
-
-
-def _first_turn(text: str, end: int) -> int:
-    marks = [
-        text.find(mark, 0, end)
-        for mark in ("USER:", "<|im_start|>user", "[INST]", "<start_of_turn>user", "user\n", "User:", "<|user|>")
-    ]
-    found = [mark for mark in marks if mark >= 0]
-    return min(found) if found else 0
+def _pack(inputs: dict[str, Any], ids: str, mask: str, side: Side) -> None:
+    """Moves all padding to one side, in place: what stands between two parts of a row changes their distance."""
+    order = inputs[mask].argsort(dim=1, descending=side == "right", stable=True)
+    inputs[ids], inputs[mask] = inputs[ids].gather(1, order), inputs[mask].gather(1, order)
 
 
 def load(
@@ -362,15 +344,28 @@ def load(
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or (torch.bfloat16 if target.startswith("cuda") else torch.float32)
         model = load_model(path, chosen, device_map, trust_remote_code, revision)
-        processor = load_processor(path, trust_remote_code, revision)
+        processor = load_processor(path, trust_remote_code, revision, bool((row or row_of(model.config)).needs))
         if device_map is None:
             model.to(target)
     subject = Subject(model, processor, resolve(model, row), name)
     if check:
-        tokenizer = subject.tokenizer
-        ids = torch.tensor([tokenizer.encode("what is this ?", add_special_tokens=True)], device=subject.device)
-        subject.checks = verify(model, subject.anatomy, ids)
+        subject.checks = verify(model, subject.anatomy, _specimen(subject))
     return subject
+
+
+def _specimen(subject: Subject) -> dict[str, Any]:
+    """What the checks are run on: a question with a picture and a sound of noise where the model takes them."""
+    noise = np.random.default_rng(0)
+    example = Example(
+        "specimen", "what is this ?",
+        (Image.fromarray(noise.integers(0, 255, (64, 64, 3), dtype=np.uint8)),) if "image" in subject.marks else (),
+        sounds=((noise.normal(0, 0.1, 16_000).astype(np.float32), 16_000),) if "audio" in subject.marks else (),
+    )  # fmt: skip
+    lead = "".join(subject.marks[kind] for kind, shown in example.media.items() for _ in shown)
+    chat = any(getattr(owner, "chat_template", None) for owner in (subject.processor, subject.tokenizer))
+    if not chat and subject.anatomy.row.places == "marked":
+        example = replace(example, prompt=f"{lead} {example.prompt}")
+    return subject.encode(example).inputs
 
 
 def _demo_folder(name: str) -> str:

@@ -1,6 +1,6 @@
 """trace(): one forward pass; what to record, what to edit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe.attention import Call, RowAttention, attend_rows, listening, mix_values
+from probe.backends import Wanted, find_backend
 from probe.edits import Ablate, Edit, Knockout, Patch
-from probe.errors import EditError
+from probe.errors import BackendError, EditError
 from probe.example import Example
 from probe.points import head_list, hook, layer_list
 from probe.recorders import (
@@ -28,6 +29,7 @@ from probe.recorders import (
     RowCollector,
     Rows,
     StateCollector,
+    crossed_one_hot,
     pad_positions,
 )
 from probe.subject import Encoded, Side, Subject
@@ -55,18 +57,27 @@ def trace(
     record: Sequence[Recorder] = (),
     edit: Sequence[Edit] = (),
     padding: Side = "left",
+    backend: str = "hooks",
 ) -> Trace:
     """One forward pass over a batch, recorded and edited; afterwards the model is as it was.
 
     The logits come from the model's own attention kernel; only rows that a knock-out touches are recomputed. Two
     recorders of one kind are told apart by a number (`states`, `states.1`, ...).
 
-    Raises EditError for a layer, head, point or group that the model does not have.
+    `backend="nnsight"` or `"transformer_lens"` reads the same points through that library, on a copy of the model's
+    structure that shares its weights; numbers agree with those of the hooks to rounding. Attention weights are then the
+    library's own, eager and a whole pattern at a time, and knock-outs are refused.
+
+    Raises EditError for a layer, head, point or group that the model does not have, and BackendError for a backend that
+    is not installed or has no place for what was asked.
     """
     encoded = examples if isinstance(examples, Encoded) else subject.encode(examples, padding)
     session = _Session(subject, encoded, record, edit)
     with ExitStack() as stack:
         stack.enter_context(subject.lock)
+        if backend != "hooks":
+            model = find_backend(backend)(subject, session.wanted())
+            return Trace(encoded, last_logits(subject, encoded, model), session.results())
         if session.wants_attention:
             stack.enter_context(listening(subject, session))
         for handle in session.hooks(stack):
@@ -76,8 +87,13 @@ def trace(
 
 
 @torch.no_grad()
-def last_logits(subject: Subject, encoded: Encoded) -> Float[Tensor, "batch vocabulary"]:
-    """Logits of each row's last position (batch vocabulary, float32); the unembedding runs on those positions only."""
+def last_logits(
+    subject: Subject, encoded: Encoded, model: Callable[..., Any] | None = None
+) -> Float[Tensor, "batch vocabulary"]:
+    """Logits of each row's last position (batch vocabulary, float32); the unembedding runs on those positions only.
+
+    `model` is called in place of the subject's own, where a backend has something to call.
+    """
     last = encoded.last
     options: dict[str, Any] = {"use_cache": False}
     # Only what is needed goes through the unembedding. A number, not a tensor: accelerate would move a tensor away.
@@ -85,7 +101,7 @@ def last_logits(subject: Subject, encoded: Encoded) -> Float[Tensor, "batch voca
     if "logits_to_keep" in signature(subject.model.forward).parameters:
         options["logits_to_keep"] = len(encoded.maps[0]) - first
     with subject.lock:
-        logits = subject.model(**encoded.inputs, **options).logits
+        logits = (model or subject.model)(**encoded.inputs, **options).logits
     return logits[torch.arange(len(encoded)), last - len(encoded.maps[0])].float().to(subject.device)
 
 
@@ -94,6 +110,7 @@ class _Session:
 
     def __init__(self, subject: Subject, encoded: Encoded, record: Sequence[Recorder], edit: Sequence[Edit]) -> None:
         self.subject, self.encoded = subject, encoded
+        self.crossed = all(token_map.crossed is not None for token_map in encoded.maps)
         self.collectors: list[tuple[str, Any]] = []
         self.attention: dict[int, list[AttentionCollector]] = {}
         self.states: dict[tuple[str, int], list[StateCollector | LensCollector]] = {}
@@ -118,10 +135,11 @@ class _Session:
                 self.states.setdefault(("resid_post", layer), []).append(collector)
         else:
             if isinstance(recorder, Mass):
-                collector = MassCollector(recorder, maps, device)
+                collector = MassCollector(recorder, maps, device, subject.anatomy.cross if self.crossed else ())
             else:
                 collector = RowCollector(recorder, maps, head_list(recorder.heads, subject.n_heads), device)
-            for layer in self._with_attention(layers, asked=recorder.layers is not None):
+            wanted = None if isinstance(recorder, Mass) else recorder.cross
+            for layer in self._with_attention(layers, recorder.layers is not None, wanted):
                 self.attention.setdefault(layer, []).append(collector)
         self.collectors.append((type(recorder).__name__, collector))
 
@@ -130,19 +148,28 @@ class _Session:
             cut = resolve_cut(edit, self.encoded, self.subject)
             if not cut.rows.shape[1]:
                 return  # no example of the batch has such rows
-            for layer in self._with_attention(layer_list(edit.layers, self.subject.n_layers), asked=edit.layers is not None):
+            for layer in self._with_attention(layer_list(edit.layers, self.subject.n_layers), edit.layers is not None):
                 self.cuts.setdefault(layer, []).append(cut)
         else:
             layers = edit.layer if isinstance(edit, Patch) else edit.layers
             for layer in layer_list(layers, self.subject.n_layers):
                 self.changes.setdefault((edit.point, layer), []).append(edit)
 
-    def _with_attention(self, layers: list[int], asked: bool) -> list[int]:
-        """Those of the layers that have softmax attention; a layer named on purpose that has none is refused."""
-        kept = [layer for layer in layers if self.subject.anatomy.attention[layer] is not None]
-        if asked and len(kept) < len(layers):
-            missing = next(layer for layer in layers if layer not in kept)
-            raise EditError(f"layer {missing} of this {self.subject.anatomy.family} model has no softmax attention")
+    def _with_attention(self, layers: list[int], asked: bool, cross: bool | None = None) -> list[int]:
+        """Those of the layers that have softmax attention (over the picture's keys, or over the sequence, if that is said).
+
+        A layer named on purpose that has none is refused.
+        """
+        anatomy = self.subject.anatomy
+        runs = [not crosses or self.crossed for crosses in anatomy.cross]  # without a picture, such layers are passed over
+        kept = [
+            layer for layer in layers
+            if anatomy.attention[layer] is not None and runs[layer] and cross in (None, anatomy.cross[layer])
+        ]  # fmt: skip
+        if (asked and len(kept) < len(layers)) or (cross and not kept):
+            missing = next((layer for layer in layers if layer not in kept), None)
+            sort = {None: "softmax attention", True: "cross-attention", False: "self-attention"}[cross]
+            raise EditError(f"layer {missing} of this {anatomy.family} model has no {sort}")
         return kept
 
     @property
@@ -167,23 +194,36 @@ class _Session:
             collector.take(layer, state.detach())
         return state if changes else None
 
+    def wanted(self) -> Wanted:
+        """What a backend is asked for."""
+        if self.cuts:
+            raise BackendError("knock-outs run on the hooks backend: the others take Ablate and Patch")
+        return Wanted(frozenset((*self.states, *self.changes)), frozenset(self.attention), self._visit, self._weigh)
+
+    def _weigh(self, layer: int, pattern: Tensor) -> None:
+        real = torch.ones(pattern.shape[0], pattern.shape[3], dtype=torch.bool, device=pattern.device)
+        if not self.subject.anatomy.cross[layer]:  # a picture's keys have no padding that a row could be lost to
+            real &= self.encoded.inputs["attention_mask"].to(pattern.device).bool()
+        for collector in self.attention[layer]:
+            collector.take(layer, RowAttention.picked(pattern, collector.rows.to(pattern.device), real))
+
     def attend(self, layer: int, call: Call) -> tuple[Tensor, Tensor | None]:
         output, weights = call.run()
         with torch.no_grad():
             cuts = self.cuts.get(layer, [])
             for collector in self.attention.get(layer, []):
-                collector.take(layer, self._rows(call, collector.rows.to(call.query.device), cuts))
+                collector.take(layer, self._rows(call, collector.rows.to(call.query.device), cuts, layer))
         if cuts:
             rows = cut_rows(cuts).to(call.query.device)
-            read = mix_values(call, self._rows(call, rows, cuts)).transpose(1, 2)
+            read = mix_values(call, self._rows(call, rows, cuts, layer)).transpose(1, 2)
             output = output.scatter(1, rows[:, :, None, None].expand_as(read), read.to(output.dtype))
         new = self._visit("z", layer, output)
         return (output if new is None else new), weights
 
-    def _rows(self, call: Call, rows: Tensor, cuts: list["Cut"]) -> RowAttention:
+    def _rows(self, call: Call, rows: Tensor, cuts: list["Cut"], layer: int) -> RowAttention:
         visible, bias = call.visible(rows)
         for cut in cuts:
-            visible = cut.apply(visible, rows, call.query.shape[1])
+            visible = cut.apply(visible, rows, call.query.shape[1], self.subject.anatomy.cross[layer])
         return attend_rows(call, rows, visible, bias)
 
     def results(self) -> dict[str, Named]:
@@ -214,11 +254,14 @@ class Cut:
     rows: Tensor  # batch row, -1 where an example has fewer
     columns: Tensor  # batch position, True where the rows may not look
     heads: list[int] | None
+    crossed: Tensor | None = None  # batch key: the same among the picture's keys, in cross-attention layers
 
-    def apply(self, visible: Tensor, rows: Tensor, n_heads: int) -> Tensor:
+    def apply(self, visible: Tensor, rows: Tensor, n_heads: int, cross: bool = False) -> Tensor:
         """`visible` (batch 1|head row key) without the cut edges."""
+        columns = self.crossed if cross else self.columns
+        assert columns is not None
         hit = (rows[:, :, None] == self.rows.to(rows.device)[:, None, :]).any(-1)  # batch row
-        cut = (hit[:, :, None] & self.columns.to(rows.device)[:, None, :])[:, None]
+        cut = (hit[:, :, None] & columns.to(rows.device)[:, None, :])[:, None]
         if self.heads is not None:
             chosen = torch.zeros(n_heads, dtype=torch.bool, device=rows.device)
             chosen[self.heads] = True
@@ -231,7 +274,10 @@ def resolve_cut(edit: Knockout, encoded: Encoded, subject: Subject) -> Cut:
     columns = torch.zeros(len(encoded), len(encoded.maps[0]), dtype=torch.bool)
     for i, token_map in enumerate(encoded.maps):
         columns[i, token_map.positions(edit.columns)] = True
-    return Cut(pad_positions(encoded.maps, edit.rows), columns, head_list(edit.heads, subject.n_heads))
+    crossed = None
+    if all(token_map.crossed is not None for token_map in encoded.maps):
+        crossed = crossed_one_hot(encoded.maps, edit.columns).bool()
+    return Cut(pad_positions(encoded.maps, edit.rows), columns, head_list(edit.heads, subject.n_heads), crossed)
 
 
 def cut_rows(cuts: list[Cut]) -> Tensor:

@@ -7,9 +7,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from probe.subject import Subject
 
 from probe.errors import SightlineError, StudyError
 from studies.study import STUDIES
@@ -103,29 +106,55 @@ def demo(out: Out = None, limit: Limit = 128, as_json: Json = False, quiet: Quie
 
 
 @app.command()
-def models(as_json: Json = False, debug: Debug = False) -> None:
-    """Families, and what works on each, as the contract tests found it."""
+def models(
+    check: Annotated[str | None, typer.Option(help="verify this model instead: demo, a folder, or a hub id")] = None,
+    device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None, trust_remote_code: Trust = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Families, and what works on each, as the contract tests found it; or what is verified on one model."""
     with _errors(debug):
+        if check is not None:
+            subject = _load(check, device, dtype, device_map, trust_remote_code)
+            _say(_checked(subject), as_json, lambda: _checks_as_text(subject))
+            return
         from probe.anatomy.support import support
 
         table = support()
+        _say(table, as_json, lambda: _table_as_text(table))
 
-        def text() -> str:
-            names = list(table[0]["capabilities"])
-            rows = [f"{'family':<18}{'model_type':<18}" + "".join(f"{name:<16}" for name in names)]
-            for row in table:
-                cells = "".join(f"{verdict.split(':')[0]:<16}" for verdict in row["capabilities"].values())
-                rows.append(f"{row['family']:<18}{row['model_type']:<18}{cells}")
-            notes = [
-                f"{row['family']}, {name}: {verdict}"
-                for row in table
-                for name, verdict in row["capabilities"].items()
-                if ":" in verdict
-            ]
-            rest = "Any other family goes through the resolver, or is refused by name with the row to add."
-            return "\n".join([*rows, "", *notes, rest])
 
-        _say(table, as_json, text)
+def _checked(subject: "Subject") -> dict[str, Any]:
+    checks = [{"check": check.name, "held": check.held, "seen": check.seen} for check in subject.checks]
+    return {"family": subject.anatomy.family, "model_type": subject.anatomy.model_type, "checks": checks}
+
+
+def _checks_as_text(subject: "Subject") -> str:
+    parts = ("layers", "final_norm", "embedding", "unembedding", "vision", "audio", "connector")
+    return "\n".join([
+        f"{subject.anatomy.family} ({subject.anatomy.model_type}), {subject.n_layers} layers; takes "
+        f"{', '.join(subject.marks) or 'text only'}",
+        *(f"  {part:<14}{getattr(subject.anatomy, part) or '-'}" for part in parts),
+        *(f"  {'held' if check.held else 'FAILED':<8}{check.name:<10}{check.seen}" for check in subject.checks),
+    ])  # fmt: skip
+
+
+def _table_as_text(table: list[dict[str, Any]]) -> str:
+    from probe.anatomy.support import reasons
+
+    names = list(table[0]["capabilities"])
+    short = {"pass": "yes", "not applicable": "-", "refused": "no"}
+    widths = [max(len(name), 4) + 2 for name in names]
+    rows = [f"{'family':<27}" + "".join(f"{name:<{width}}" for name, width in zip(names, widths, strict=True))]
+    for row in table:
+        verdicts = row["capabilities"].values()
+        cells = "".join(f"{short[v.split(':')[0]]:<{width}}" for v, width in zip(verdicts, widths, strict=True))
+        rows.append(f"{row['family']:<27}{cells}")
+    notes = [
+        f"{verdict}\n  ({len(places)} families)" if len(places) > 6 else f"{verdict}\n  ({'; '.join(places)})"
+        for verdict, places in reasons(table)
+    ]
+    rest = "Any other family goes through the resolver, or is refused by name with the row to add."
+    return "\n".join([*rows, "", *notes, "", rest])
 
 
 @app.command()
@@ -140,6 +169,9 @@ def trace(
     model: Annotated[str, typer.Argument(help="demo, demo:NAME, a folder, or a hub id")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="the question")],
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="a picture; repeat it for several")] = None,
+    video: Annotated[list[Path] | None, typer.Option("--video", "-v", help="a video file or a folder of frames")] = None,
+    audio: Annotated[list[Path] | None, typer.Option("--audio", "-a", help="a WAV or FLAC file")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="how many frames of each video are shown, evenly chosen")] = 8,
     suffix: Annotated[str, typer.Option(help="an answer-format instruction after the question")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="at most this many tokens of answer")] = 32,
     out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
@@ -149,9 +181,11 @@ def trace(
     with _errors(debug):
         subject = _load(model, device, dtype, device_map, trust_remote_code)
         from probe.example import Example
+        from probe.media import Video
         from studies.look import look
 
-        example = Example("asked", prompt, tuple(image or ()), suffix=suffix)
+        videos = tuple(Video(path, frames) for path in video or ())
+        example = Example("asked", prompt, tuple(image or ()), suffix=suffix, videos=videos, sounds=tuple(audio or ()))
         summary = look(subject, example, out, max_new_tokens)
 
         def text() -> str:
@@ -179,7 +213,7 @@ def study(
         _quiet_libraries()
         function = find_study(name)
         options = parse(name, function, context.args)
-        if name == "speed":
+        if name in ("speed", "backends"):  # they bring their own model and data
             summary = function(out=out, seed=seed, device=device, dtype=dtype, quiet=quiet, **options)
         else:
             from studies.data import load_data

@@ -11,7 +11,8 @@ from typing import Any
 from probe.errors import DataError, SightlineError
 from probe.example import Example, Region
 
-_FIELDS = ("id", "prompt", "images", "context", "suffix", "options", "system", "answer", "choices", "regions", "tags")
+_MEDIA = {"images": "picture", "videos": "video", "sounds": "sound"}
+_FIELDS = ("id", "prompt", *_MEDIA, "context", "suffix", "options", "system", "answer", "choices", "regions", "tags")
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,13 @@ def _from_line(line: str, number: int, path: Path) -> Example:
         )
     if not isinstance(fields.get("prompt"), str):
         raise DataError(f"line {number} of {path} has no prompt")
-    images = tuple(path.parent / name for name in fields.get("images", ()))
-    for image in images:
-        if not image.is_file():
-            raise DataError(f"line {number} of {path} names the picture {image}, which is not there")
+    media = {kind: tuple(path.parent / str(name) for name in fields.get(kind) or ()) for kind in _MEDIA}
+    for kind, files in media.items():
+        for file in files:
+            if not file.exists():  # a video may be a folder of frames
+                raise DataError(f"line {number} of {path} names the {_MEDIA[kind]} {file}, which is not there")
     try:
-        return _example({**fields, "images": images})
+        return _example({**fields, **media})
     except (SightlineError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(f"line {number} of {path} is not an example: {error}") from error
 
@@ -104,7 +106,7 @@ def _box(sides: Any) -> tuple[float, float, float, float]:
 
 
 def _example(fields: dict[str, Any]) -> Example:
-    for name in ("images", "choices", "regions"):
+    for name in (*_MEDIA, "choices", "regions"):
         if isinstance(fields.get(name), str):
             raise DataError(f"{name} is a list, not {fields[name]!r}")
     fields = {name: value for name, value in fields.items() if value is not None}

@@ -6,16 +6,17 @@ it. Beside the causal flow stands the soft one (attention mass on the same edges
 cut-off (the image hidden from layer l on), the answer's probability read off every layer, and the controls.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from probe.analysis.flow import FLOWS, METRICS, change, default_window, flow_edges
 from probe.edits import Knockout, window
-from probe.errors import DataError, SightlineError, StudyError, did_you_mean
-from probe.example import Example, open_picture
+from probe.errors import DataError, ExampleError, SightlineError, StudyError, did_you_mean
+from probe.example import Example
 from probe.recorders import Lens, Mass
 from probe.replay import Entry, sweep
 from probe.subject import Encoded, Subject
@@ -113,7 +114,7 @@ def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str
         return rows
     encoded = _grouped(subject.encode(usable), plan.seed)
     told = subject.generate(encoded, plan.max_new_tokens)
-    blind = last_logits(subject, subject.encode([subject.without_images(example) for example in usable]))
+    blind = _blind(subject, usable)
     right = [_right(answer, example) for answer, example in zip(told, usable, strict=True)]
     lens = _lens(subject, encoded, told, plan)
     recorded = trace(subject, encoded, [MASSES, lens])
@@ -130,13 +131,25 @@ def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str
                          **_sizes(entry, encoded.maps[i]), **{name: float(getattr(changes, name)[j]) for name in changes._fields}})  # fmt: skip
         rows.append({**own, "what": "answer", "text": told[i], "correct": right[i]})
         begins = set(_spellings(subject, example))
-        for what, logits in (("intact", swept.clean[i]), ("no-image", blind[i]), ("hidden-image", swept.edited[i][0])):
+        seen = {"intact": swept.clean[i], "hidden-image": swept.edited[i][0]} | (
+            {} if blind is None else {"no-image": blind[i]}
+        )
+        for what, logits in seen.items():
             best = int(logits.argmax())
             rows.append({**own, "what": f"{what} token", "text": subject.tokenizer.decode([best]), "correct": best in begins})
         if studied[i]:
             rows += [{**own, **row} for row in _recorded_rows(recorded, plan, i, encoded.maps[i])]
             rows += [{**own, **row} for row in _lens_rows(recorded, i, lens.track[i], bool(_false_option(example)))]
     return rows
+
+
+def _blind(subject: Subject, usable: list[Example]) -> torch.Tensor | None:
+    """What the model says of the same questions with nothing shown; None of a model that always wants a picture (BLIP-2)."""
+    try:
+        encoded = subject.encode([subject.without_media(example) for example in usable])
+    except ExampleError:
+        return None
+    return last_logits(subject, encoded)
 
 
 def _usable(subject: Subject, examples: list[Example]) -> tuple[list[Example], list[dict[str, Any]]]:
@@ -146,12 +159,11 @@ def _usable(subject: Subject, examples: list[Example]) -> tuple[list[Example], l
         try:
             if example.answer is None:
                 raise DataError(f"example {example.id!r} has no answer to compare with")
-            if not example.images:
-                raise DataError(f"example {example.id!r} has no picture")
+            if not any(example.media.values()):
+                raise DataError(f"example {example.id!r} has no picture, video or sound")
             subject.render(example)
-            subject.render(subject.without_images(example))
-            for image in example.images:
-                open_picture(image)
+            subject.render(subject.without_media(example))
+            subject.open_media(example)
         except SightlineError as error:
             rows.append({"example": example.id, "kind": example.tags.get("kind", ""), "what": "skipped", "text": str(error)})
         else:
@@ -163,16 +175,20 @@ def _grouped(encoded: Encoded, seed: int) -> Encoded:
     """Names the positions of the related and the other patches, and random ones of equal number as controls."""
     maps = []
     for token_map, example in zip(encoded.maps, encoded.examples, strict=True):
-        image, question = token_map.positions("image"), token_map.positions("question")
+        space = token_map.crossed or token_map  # where the picture's keys are
+        shown = np.concatenate([space.positions(kind) for kind in ("image", "video", "audio")])
         rng = np.random.default_rng([seed, *example.id.encode()])
         related = other = np.array([], dtype=np.int64)
-        if example.regions and token_map.geometry:
-            related = np.intersect1d(token_map.in_boxes(example.regions), image)
-            other = np.setdiff1d(image, related)
+        if example.regions and space.geometry:
+            related = np.intersect1d(space.in_boxes(example.regions), shown)
+            other = np.setdiff1d(shown, related)
         groups = {
             "related": related, "other": other, "random": _draw(rng, other, len(related)),
-            "random-question": _draw(rng, image, len(question)),
+            "random-question": _draw(rng, shown, len(token_map.positions("question"))),
         }  # fmt: skip
+        if token_map.crossed is not None:
+            token_map = replace(token_map, crossed=token_map.crossed.with_groups(**groups))
+            groups = dict.fromkeys(groups, np.array([], dtype=np.int64))
         maps.append(token_map.with_groups(**groups))
     return encoded.with_maps(maps)
 
@@ -194,7 +210,7 @@ def _entries(token_map: TokenMap, plan: Plan, n_layers: int, full: bool) -> list
         ("control", name, edges) for name, edges in CONTROLS.items()
     ]
     for what, name, (rows, columns) in flows:
-        if not len(token_map.positions(rows)) or not len(token_map.positions(columns)):
+        if not len(token_map.positions(rows)) or not token_map.reach(columns):
             continue  # no box says where the answer lies, or there is no such text: not a zero, but nothing to measure
         for center in range(n_layers):
             layers = window(center, plan.width, n_layers)
@@ -207,7 +223,7 @@ def _entries(token_map: TokenMap, plan: Plan, n_layers: int, full: bool) -> list
 
 def _sizes(entry: Entry, token_map: TokenMap) -> dict[str, int]:
     assert isinstance(entry, Knockout)
-    return {"n_rows": len(token_map.positions(entry.rows)), "n_columns": len(token_map.positions(entry.columns))}
+    return {"n_rows": len(token_map.positions(entry.rows)), "n_columns": token_map.reach(entry.columns)}
 
 
 def _spellings(subject: Subject, example: Example) -> list[int]:
@@ -237,7 +253,7 @@ def _recorded_rows(recorded: Trace, plan: Plan, i: int, token_map: TokenMap) -> 
     mass, entropy, sink = recorded["mass"], recorded["entropy"], recorded["sink"]
     for name in plan.flows:
         source, target = FLOWS[name]
-        if not len(token_map.positions(source)) or not len(token_map.positions(target)):
+        if not len(token_map.positions(source)) or not token_map.reach(target):
             continue
         per_layer = mass.at(batch=i, row_group=source, column_group=target).mean(-1)
         rows += [

@@ -131,8 +131,7 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
         f"({summary['n_layers']} layers), data `{setting.data.name}`, windows of {summary['window']} layers.", "",
         "## What the model can do", "",
         f"- It answers {summary['baseline_accuracy']:.1%} of {summary['n']} questions (95 % Wilson interval {low:.1%} to {high:.1%}).",
-        f"- Scored by the first token alone: intact {summary['first_token_accuracy']:.1%}, without the picture "
-        f"{summary['no_image_accuracy']:.1%}, with the picture there but hidden from all text in all layers "
+        f"- Scored by the first token alone: intact {summary['first_token_accuracy']:.1%}, {_without(summary)}with the picture there but hidden from all text in all layers "
         f"{summary['hidden_image_accuracy']:.1%}.",
         f"- Knocking out nothing changes logits and log-probabilities by at most {summary['empty_knockout_max_change']:.1e}.",
         f"- {summary['n_skipped']} examples could not be used." if summary["n_skipped"] else "- Every example could be used.",
@@ -158,6 +157,11 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
         "false option in the model's own case.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _without(summary: Summary) -> str:
+    share = summary["no_image_accuracy"]
+    return "" if share is None else f"without the picture {share:.1%}, "
 
 
 def _controls(summary: Summary) -> list[str]:

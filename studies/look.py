@@ -1,17 +1,21 @@
 """One example, looked at closely: what `sightline trace` shows."""
 
 import itertools
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from probe.example import Example, Picture, open_picture
+from probe.example import Example
+from probe.media import Clip, Wave
 from probe.plots import look as plots
+from probe.plots import media as film
 from probe.recorders import Lens, Mass, Rows
-from probe.subject import Subject
+from probe.subject import Opened, Subject
 from probe.tokens import Grid, TokenMap
 from probe.tracing import Trace, trace
 from studies.run import Run
@@ -23,30 +27,38 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
+Drawn = tuple[Any, Any, str]  # for paper, for a page, and a sentence
+
+
 def look(subject: Subject, example: Example, out: Path | None, max_new_tokens: int = 32) -> dict[str, Any]:
     """Traces one example and writes a Run with its figures; the summary has `run answer n_positions segments`."""
     encoded = subject.encode(example)
     answer = subject.generate(encoded, max_new_tokens)[0]
     token_map = encoded.maps[0]
-    found = trace(subject, encoded, [Mass(rows=("last",)), Rows("last"), Lens(top=5)])
-    asked = {"prompt": example.prompt, "suffix": example.suffix, "images": [_identity(image) for image in example.images],
-             "max_new_tokens": max_new_tokens}  # fmt: skip
+    crossing = token_map.crossed is not None
+    found = trace(subject, encoded, [Mass(rows=("last",)), Rows("last", cross=crossing), Lens(top=5)])
+    media = subject.open_media(example)
+    asked = {
+        "prompt": example.prompt, "suffix": example.suffix, "images": [_identity(image) for image in media.pictures],
+        "videos": [[_identity(frame) for frame in clip.frames] for clip in media.videos],
+        "sounds": [sha256(wave.samples.tobytes()).hexdigest()[:16] for wave in media.sounds], "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
     run = Run.open(out, "trace", asked, describe(subject), SCHEMA)
     with run.recorded():
         run.write("all", _rows(subject, found, token_map))
         lines = ["# One question, looked at", "", f"> {example.prompt}", "", f"`{subject.name}` answers **{answer}**.", ""]
         lines += _unknown_words(subject, token_map)
-        lines += _figures(run, subject, example, found, token_map)
+        lines += [f"{note[0].upper()}{note[1:]}.\n" for note in encoded.notes]
+        lines += _figures(run, subject, media, found, token_map)
         spans = [{"segment": name, "start": start, "stop": stop} for name, start, stop in token_map.spans()]
         summary = {"run": str(run.folder), "answer": answer, "n_positions": len(token_map), "segments": spans}
         run.finish(summary, "\n".join(lines) + "\n")
     return summary
 
 
-def _identity(image: Picture) -> str:
+def _identity(picture: Image.Image) -> str:
     """A picture by its content: the same picture is the same wherever it comes from."""
-    opened = open_picture(image)
-    return f"{opened.width}x{opened.height}:{sha256(opened.tobytes()).hexdigest()[:16]}"
+    return f"{picture.width}x{picture.height}:{sha256(picture.tobytes()).hexdigest()[:16]}"
 
 
 def _unknown_words(subject: Subject, token_map: TokenMap) -> list[str]:
@@ -83,7 +95,7 @@ def _rows(subject: Subject, found: Trace, token_map: TokenMap) -> list[dict[str,
     return rows
 
 
-def _figures(run: Run, subject: Subject, example: Example, found: Trace, token_map: TokenMap) -> list[str]:
+def _figures(run: Run, subject: Subject, media: Opened, found: Trace, token_map: TokenMap) -> list[str]:
     lines: list[str] = []
 
     def add(name: str, paper: Any, page: Any, sentence: str) -> None:
@@ -95,20 +107,22 @@ def _figures(run: Run, subject: Subject, example: Example, found: Trace, token_m
         "tokens", plots.tokens_figure(spans), plots.tokens_page(spans), f"How the {len(token_map)} positions of the prompt lie."
     )
     rows = found["rows"].tensor[:, 0].mean(1)[:, 0].numpy()  # layer key: the last row, heads averaged
-    for index, image in enumerate(example.images):
-        grid = next((g for g in reversed(token_map.grids) if g.picture == index), None)
-        if grid is None:
-            lines.extend([f"The positions of picture {index} have no known place in it, so there is no overlay.", ""])
-            continue
-        picture = open_picture(image)
-        panels = [
-            (f"layers {band[0]} to {band[-1]}", plots.overlay(picture, grid, _on_grid(rows[list(band)].mean(0), grid)))
-            for band in _bands(len(rows))
-        ]
-        name = "attention" if index == 0 else f"attention-{index}"
-        add(name, plots.overlay_figure(picture, panels), plots.overlay_page(picture, panels),
-            "Where the position that answers looks in the picture: attention averaged over heads and over a third of the layers, "
-            "each panel scaled by its own maximum.")  # fmt: skip
+    layers = found["rows"].labels["layer"]
+    space = token_map.crossed or token_map  # where the picture's keys are
+    drawn: tuple[tuple[str, list[Any], Callable[..., Drawn]], ...] = (
+        ("image", media.pictures, _on_picture), ("video", media.videos, _on_clip), ("audio", media.sounds, _on_sound)
+    )  # fmt: skip
+    for kind, shown, draw in drawn:
+        for index, medium in enumerate(shown):
+            grid = next((g for g in reversed(space.grids) if (g.kind, g.picture) == (kind, index)), None)
+            if grid is None:
+                lines.extend([f"The positions of {kind} {index} have no known place in it, so there is no overlay.", ""])
+                continue
+            bands = [
+                (_named([layers[i] for i in band]), rows[list(band)].mean(0)[grid.positions]) for band in _bands(len(rows))
+            ]
+            name = {"image": "attention", "video": "attention-clip", "audio": "attention-sound"}[kind]
+            add(f"{name}-{index}" if index else name, *draw(medium, grid, bands))
     mass = found["mass"]
     by_layer = mass.tensor[:, 0].mean(1)[:, 0].numpy()
     groups = mass.labels["column_group"]
@@ -126,8 +140,30 @@ def _printable(token: str) -> str:
     return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in token.strip()) or "·"
 
 
-def _on_grid(row: np.ndarray, grid: Grid) -> np.ndarray:
-    return row[grid.positions].mean(0)
+def _on_picture(picture: Image.Image, grid: Grid, bands: film.Bands) -> Drawn:
+    panels = [(name, plots.overlay(picture, grid, weights[0])) for name, weights in bands]
+    return plots.overlay_figure(picture, panels), plots.overlay_page(picture, panels), (
+        "Where the position that answers looks in the picture: attention averaged over heads and over a third of the layers, "
+        "each panel scaled by its own maximum."
+    )  # fmt: skip
+
+
+def _on_clip(clip: Clip, grid: Grid, bands: film.Bands) -> Drawn:
+    return film.clip_figure(clip, grid, bands), film.clip_page(clip, grid, bands), (
+        "Where the position that answers looks in the clip: attention averaged over heads and over a third of the layers, "
+        "each row scaled by its own maximum; above each frame its time and its share of the row."
+    )  # fmt: skip
+
+
+def _on_sound(wave: Wave, grid: Grid, bands: film.Bands) -> Drawn:
+    return film.sound_figure(wave, grid, bands), film.sound_page(wave, grid, bands), (
+        "What the position that answers listens to: attention averaged over heads and over a third of the layers, position "
+        "by position of the sound, above its wave form."
+    )  # fmt: skip
+
+
+def _named(layers: list[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
 def _bands(n_layers: int) -> list[range]:

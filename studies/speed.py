@@ -83,10 +83,10 @@ def speed(
         "eager": lambda: _eager(subject, encoded),
         "sweep": lambda: sweep(subject, encoded, entries),
     }
-    seconds = _interleaved(timed, rounds, target, quiet)
+    seconds = interleaved(timed, rounds, target, quiet)
     both = {"sweep again": timed["sweep"], "naive": lambda: sweep(subject, encoded, entries, method="naive")}
-    seconds |= _interleaved(both, naive_rounds, target, quiet)
-    peaks = {name: _peak(timed[name], target) for name in ("forward", "trace", "eager")}
+    seconds |= interleaved(both, naive_rounds, target, quiet)
+    peaks = {name: peak_memory(timed[name], target) for name in ("forward", "trace", "eager")}
     summary = _summarise(subject, encoded, entries, seconds, peaks, timed, sizes)
     summary |= _streamed(stream, quiet) if stream else {}
     summary["run"] = str(run.folder)
@@ -110,7 +110,7 @@ def _eager(subject: Subject, encoded: Encoded) -> Any:
         config._attn_implementation_internal = before
 
 
-def _interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
+def interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
     """Seconds of each round, the candidates taking turns, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     with progress(", ".join(timed), rounds + 1, quiet, "rounds") as advance:
@@ -131,7 +131,7 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(call: Callable[[], Any], device: torch.device) -> int:
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     """Bytes above the resting level at the worst moment of a call, its result held: CUDA's own count, or the process's."""
     gc.collect()
     if device.type == "cuda":
@@ -202,20 +202,20 @@ def _summarise(
     fast, slow = timed["sweep"](), sweep(subject, encoded, entries, method="naive")
     return {
         "run": "", "n_positions": len(encoded.maps[0]), "n_entries": len(entries), **sizes,
-        "trace_over_forward": _paired(seconds, "trace", "forward"),
-        "eager_over_forward": _paired(seconds, "eager", "forward"),
+        "trace_over_forward": paired(seconds, "trace", "forward"),
+        "eager_over_forward": paired(seconds, "eager", "forward"),
         "trace_extra_memory_over_eager": (peaks["trace"] - peaks["forward"]) / max(1, peaks["eager"] - peaks["forward"]),
         "trace_logits_bitwise": bool(torch.equal(timed["trace"]().logits, plain)),
-        "sweep_in_forwards": _paired(seconds, "sweep", "forward"),
+        "sweep_in_forwards": paired(seconds, "sweep", "forward"),
         "sweep_predicted_in_forwards": 1 + fast.layer_rows / fast.clean_layer_rows,
-        "sweep_speedup": _paired(seconds, "naive", "sweep again"),
+        "sweep_speedup": paired(seconds, "naive", "sweep again"),
         "sweep_max_difference": float((fast.edited[0] - slow.edited[0]).abs().max()),
         "sweep_same_answers": float((fast.edited[0].argmax(-1) == slow.edited[0].argmax(-1)).float().mean()),
         "seconds": quartiles, "peak_bytes": peaks,
     }  # fmt: skip
 
 
-def _paired(seconds: dict[str, list[float]], name: str, base: str) -> float:
+def paired(seconds: dict[str, list[float]], name: str, base: str) -> float:
     """Median over rounds of the ratio within a round: what drifts from round to round cancels."""
     return float(np.median(np.array(seconds[name]) / np.array(seconds[base])))
 

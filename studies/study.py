@@ -22,6 +22,7 @@ STUDIES: dict[str, tuple[str, str]] = {
         "studies.information_flow", "Where, in which layers, does what the model saw reach its answer?",
     ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
+    "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),
 }  # fmt: skip
 
 

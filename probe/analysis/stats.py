@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-RESAMPLES = 2000
+RESAMPLES, BLOCK = 2000, 100
 
 
 class Interval(NamedTuple):
@@ -33,15 +33,22 @@ def bootstrap_mean(values: Float[np.ndarray, "example *rest"], seed: int = 0, re
 def resampled_means(
     values: Float[np.ndarray, "example *rest"], seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "resample *rest"]:
-    """Means over resampled examples (resample ...): weights of a multinomial draw, one product for all resamples."""
+    """Means over resampled examples (resample ...): weights of a multinomial draw, one product for a block of resamples.
+
+    Blocks, so that the memory of it does not grow with resamples times examples.
+    """
     rng = np.random.default_rng(seed)
     count = len(values)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
     flat = values.reshape(count, -1).astype(np.float64)
-    known = ~np.isnan(flat)
-    total = weights @ np.where(known, flat, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (total / (weights @ known)).reshape(resamples, *values.shape[1:])
+    known = (~np.isnan(flat)).astype(np.float64)
+    flat = np.where(known > 0, flat, 0.0)
+    even = np.full(count, 1 / count)
+    means = np.empty((resamples, flat.shape[1]))
+    for start in range(0, resamples, BLOCK):
+        weights = rng.multinomial(count, even, size=min(BLOCK, resamples - start)).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means[start : start + BLOCK] = (weights @ flat) / (weights @ known)
+    return means.reshape(resamples, *values.shape[1:])
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from probe.anatomy.rows import GENERIC, ROWS, Row
+from probe.anatomy.rows import Row, row_of
 from probe.errors import AnatomyError
 
 _NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "layer_norm")
@@ -28,9 +28,14 @@ class Anatomy:
     unembedding: str
     attention: tuple[str | None, ...]  # for each layer, the name of its attention inside the layer; None where it has none
     mlp: tuple[str | None, ...]
+    cross: tuple[bool, ...] = ()  # for each layer, whether its attention reads the picture and not the sequence
+    experts: tuple[str | None, ...] = ()  # for each layer, the dotted name of its experts inside the layer
     vision: str | None = None
+    audio: str | None = None
     connector: str | None = None
     image_token_id: int | None = None
+    video_token_id: int | None = None
+    audio_token_id: int | None = None
 
     @property
     def family(self) -> str:
@@ -47,7 +52,7 @@ def resolve(model: PreTrainedModel, row: Row | None = None) -> Anatomy:
     Raises AnatomyError naming the part that was not found and the row to add.
     """
     config = model.config
-    row = row or ROWS.get(config.model_type, GENERIC)
+    row = row or row_of(config)
     names = {id(module): name for name, module in model.named_modules()}
     decoder = _decoder(model)
     layers = _modules(decoder.layers)
@@ -56,7 +61,8 @@ def resolve(model: PreTrainedModel, row: Row | None = None) -> Anatomy:
     for part, found in (("final norm", norm), ("unembedding", unembedding)):
         if found is None:
             raise _missing(part, config.model_type)
-    vision = _vision(model)
+    vision, audio = _tower(model, "image"), _tower(model, "audio")
+    attention = tuple(_child(layer, _ATTENTIONS) for layer in layers)
     return Anatomy(
         model_type=config.model_type,
         row=row,
@@ -65,11 +71,16 @@ def resolve(model: PreTrainedModel, row: Row | None = None) -> Anatomy:
         final_norm=names[id(norm)],
         embedding=names[id(model.get_input_embeddings())],
         unembedding=names[id(unembedding)],
-        attention=tuple(_child(layer, _ATTENTIONS) for layer in layers),
+        attention=attention,
         mlp=tuple(_child(layer, _MLPS) for layer in layers),
+        cross=tuple(name == "cross_attn" for name in attention),
+        experts=tuple(_experts(layer) for layer in layers),
         vision=names[id(vision)] if vision is not None else None,
-        connector=_connector(model, names) if vision is not None else None,
-        image_token_id=_image_token(config) if vision is not None else None,
+        audio=names[id(audio)] if audio is not None else None,
+        connector=(row.connector or _connector(model, names)) if vision or audio else None,
+        image_token_id=_token(config, "image") if vision is not None else None,
+        video_token_id=_token(config, "video") if vision is not None else None,
+        audio_token_id=_token(config, "audio") if audio is not None else None,
     )
 
 
@@ -86,26 +97,39 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
-def _vision(model: PreTrainedModel) -> nn.Module | None:
-    encoder = model.get_encoder(modality="image")
+def _tower(model: PreTrainedModel, modality: str) -> nn.Module | None:
+    """The encoder of a modality; transformers answers with the model or its decoder where there is none."""
+    encoder = model.get_encoder(modality=modality)
+    inside = {id(module) for module in model.get_decoder().modules()} if isinstance(encoder, nn.Module) else set()
     base = getattr(model, "base_model", model)
-    return None if encoder is model or encoder is base else encoder
+    return None if encoder is model or encoder is base or id(encoder) in inside else encoder
 
 
 def _connector(model: PreTrainedModel, names: dict[int, str]) -> str | None:
+    """The module between tower and decoder. Raises AnatomyError where two could be it."""
     for wanted in _CONNECTORS:
         found = [name for name in names.values() if name.split(".")[-1] == wanted]
-        if len(found) == 1:
+        if len(found) > 1:
+            raise AnatomyError(
+                f"two modules of the architecture {model.config.model_type!r} could be its connector ({', '.join(found)}): name "
+                f"one in its row in probe/anatomy/rows.py"
+            )
+        if found:
             return found[0]
     return None
 
 
-def _image_token(config: object) -> int | None:
-    for name in ("image_token_id", "image_token_index"):
+def _token(config: object, kind: str) -> int | None:
+    for name in (f"{kind}_token_id", f"{kind}_token_index"):
         value = getattr(config, name, None)
         if isinstance(value, int):
             return value
     return None
+
+
+def _experts(layer: nn.Module) -> str | None:
+    """The dotted name of the module that holds a layer's experts, None in a dense layer."""
+    return next((name for name, _ in layer.named_modules() if name.split(".")[-1] == "experts"), None)
 
 
 def _child(layer: nn.Module, names: tuple[str, ...]) -> str | None:

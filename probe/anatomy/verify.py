@@ -21,14 +21,16 @@ class Check:
 
 
 @torch.no_grad()
-def verify(model: PreTrainedModel, anatomy: Anatomy, token_ids: Tensor) -> tuple[Check, ...]:
-    """Runs the experiments on a short text prompt (`token_ids`: 1 x length).
+def verify(model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Any]) -> tuple[Check, ...]:
+    """Runs the experiments on one encoded example (`inputs`: what the model is called with).
 
     - an identity patch of a middle layer changes nothing, bit for bit;
     - a middle layer whose output is replaced by zeros changes the logits;
-    - the final norm and the unembedding turn the last layer's output into the logits.
+    - the final norm and the unembedding turn the last layer's output into the logits;
+    - what the model is shown reaches the logits (other pixels, other sound: other logits). A fresh Gemma 3 or Mllama
+      fails this one honestly, its projection or its gates being zero.
 
-    Raises AnatomyError naming the first part that fails.
+    Raises AnatomyError naming the first of the first three that fails; the last is for the reader.
     """
     layers = model.get_submodule(anatomy.layers)
     middle = layers[len(layers) // 2]
@@ -38,9 +40,9 @@ def verify(model: PreTrainedModel, anatomy: Anatomy, token_ids: Tensor) -> tuple
         states.append(output)
         return output
 
-    clean = _logits(model, token_ids, layers[-1], keep)
-    same = _logits(model, token_ids, middle, lambda out: out.clone())
-    zeroed = _logits(model, token_ids, middle, torch.zeros_like)
+    clean = _logits(model, inputs, layers[-1], keep)
+    same = _logits(model, inputs, middle, lambda out: out.clone())
+    zeroed = _logits(model, inputs, middle, torch.zeros_like)
     norm, unembedding = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.unembedding)
     lens = unembedding(norm(states[0]))
     gap = (lens - clean).abs().max().item()
@@ -56,10 +58,14 @@ def verify(model: PreTrainedModel, anatomy: Anatomy, token_ids: Tensor) -> tuple
                 f"{anatomy.model_type!r} fails the check {check.name!r} (difference {check.seen}): its parts are not where "
                 f"they seem to be, add a row for it to probe/anatomy/rows.py"
             )
-    return checks
+    shown = next((name for name in ("pixel_values", "pixel_values_images", "input_features") if name in inputs), None)
+    if shown is None:
+        return checks
+    other = _logits(model, {**inputs, shown: inputs[shown].flip(-1)}, middle, lambda out: out)
+    return (*checks, Check("seen", not torch.equal(clean, other), f"{(clean - other).abs().max().item():.1e}"))
 
 
-def _logits(model: PreTrainedModel, token_ids: Tensor, layer: nn.Module, change: Any) -> Tensor:
+def _logits(model: PreTrainedModel, inputs: dict[str, Any], layer: nn.Module, change: Any) -> Tensor:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (change(output[0]), *output[1:])
@@ -67,6 +73,6 @@ def _logits(model: PreTrainedModel, token_ids: Tensor, layer: nn.Module, change:
 
     handle = layer.register_forward_hook(hook)
     try:
-        return model(input_ids=token_ids, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits
     finally:
         handle.remove()

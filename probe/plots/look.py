@@ -16,13 +16,17 @@ _SEGMENT_COLOURS = {
 }  # fmt: skip
 
 
-def overlay(picture: Image.Image, grid: Grid, weights: np.ndarray, strength: float = 0.78) -> Image.Image:
+def overlay(
+    picture: Image.Image, grid: Grid, weights: np.ndarray, strength: float = 0.78, peak: float | None = None
+) -> Image.Image:
     """The picture dimmed where a grid of weights (row column) is low, each cell where the original shows it.
 
-    Weights are scaled by their maximum; a grid that is all zero leaves the picture dim.
+    Weights are scaled by their maximum, or by a `peak` that several pictures share; a grid that is all zero leaves the
+    picture dim.
     """
     frame = picture.convert("RGB")
-    scaled = weights / weights.max() if weights.max() > 0 else weights
+    most = float(weights.max()) if peak is None else float(peak)
+    scaled = weights / most if most > 0 else weights
     left, top, right, bottom = grid.area
     mask = np.zeros((frame.height, frame.width), dtype=np.float32)
     ys = (np.arange(frame.height) + 0.5 - top) / (bottom - top) * scaled.shape[0]

@@ -1,4 +1,4 @@
-"""The bundled world as a data set: held-out scenes as Examples, told in pictures or in sentences."""
+"""The bundled world as a data set: held-out scenes as Examples, told in pictures, sentences, clips or sounds."""
 
 from functools import partial
 from typing import Any
@@ -7,19 +7,22 @@ import numpy as np
 from PIL import Image
 
 from probe.example import Example, Region
-from studies.demo import picture, world
+from studies.demo import clip, picture, sound, world
 
 SUFFIX = "Answer briefly."
 SEED = 20_000
+KINDS = {"clip": tuple(world.ASKERS)}  # things move in clips; the other tellings answer PICTURE_KINDS
 
 
 def examples(
-    count: int, telling: str = "picture", seed: int = SEED, kinds: tuple[str, ...] = world.PICTURE_KINDS
-) -> list[Example]:
+    count: int, telling: str = "picture", seed: int = SEED, kinds: tuple[str, ...] | None = None
+) -> list[Example]:  # fmt: skip
     """`count` questions, each about its own scene with an unseen combination and unseen handwriting; kinds in turn.
 
-    `telling` is `picture` (a 128 x 128 picture) or `text` (the text twin before the question).
+    `telling` is `picture` (a 128 x 128 picture), `text` (the text twin before the question), `clip` (four frames) or
+    `sound` (two seconds). `kinds` are all that the telling has answers to, unless some are named.
     """
+    kinds = kinds or KINDS.get(telling, world.PICTURE_KINDS)
     rng = np.random.default_rng(seed)
     return [
         _example(number, scene, question, telling) for number, (scene, question) in enumerate(world.held_out(rng, count, kinds))
@@ -34,6 +37,10 @@ def _example(number: int, scene: world.Scene, question: world.Question, telling:
     }  # fmt: skip
     if telling == "text":
         return Example(**common, context=world.twin(scene))
+    if telling == "clip":
+        return Example(**common, videos=(partial(_clip, scene),))
+    if telling == "sound":
+        return Example(**common, sounds=(partial(_sound, scene),))
     boxes = picture.draw(scene, held_out=True)[1]
     regions = tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in question.about)
     return Example(**common, images=(partial(_picture, scene),), regions=regions)
@@ -41,6 +48,15 @@ def _example(number: int, scene: world.Scene, question: world.Question, telling:
 
 def _picture(scene: world.Scene) -> Image.Image:
     return picture.draw(scene, held_out=True)[0]
+
+
+def _clip(scene: world.Scene) -> tuple[list[Image.Image], list[float]]:
+    filmed = clip.film(scene, held_out=True)
+    return list(filmed.frames), list(filmed.times)
+
+
+def _sound(scene: world.Scene) -> tuple[np.ndarray, int]:
+    return sound.play(scene, held_out=True)[0], sound.RATE
 
 
 def chance(items: list[Example]) -> float:

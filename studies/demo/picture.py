@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from studies.demo.world import DIGITS, GRID, Scene, Thing
+from studies.demo.world import DIGITS, GRID, ODD, Scene, Thing
 
 SIZE = 128  # side of a picture, pixels
 CELL = SIZE // GRID
@@ -30,24 +30,46 @@ def handwriting(held_out: bool) -> tuple[np.ndarray, ...]:
 def draw(scene: Scene, held_out: bool = False) -> tuple[Image.Image, dict[Thing, Box]]:
     """The picture of a scene (RGB, 128 x 128) and the box of each thing; the same scene always gives the same picture."""
     rng = np.random.default_rng(scene.seed)
-    canvas = _ground(rng)
+    canvas = ground(rng)
     boxes: dict[Thing, Box] = {}
     for thing in scene.things:
-        mask = _mask(thing.name, rng, held_out)
-        size = mask.shape[0]
-        left, top = (int(rng.integers(0, CELL - size + 1)) + CELL * place for place in (thing.column, thing.row))
-        colour = np.clip(np.array(RGB[thing.colour]) + rng.normal(0, 9, 3), 0, 255).astype(np.float32)
-        window = canvas[top : top + size, left : left + size]
-        window += mask[..., None] * (colour - window)
-        rows, columns = np.nonzero(mask.max(1) > 0.3)[0], np.nonzero(mask.max(0) > 0.3)[0]
-        boxes[thing] = (
-            float(left + columns[0]), float(top + rows[0]), float(left + columns[-1] + 1), float(top + rows[-1] + 1)
-        )  # fmt: skip
-    canvas += 5 * rng.standard_normal(canvas.shape, np.float32)
-    return Image.fromarray(np.uint8(np.clip(canvas, 0, 255))), boxes
+        form = silhouette(thing.name, rng, held_out)
+        left, top = (int(rng.integers(0, CELL - len(form) + 1)) + CELL * place for place in (thing.column, thing.row))
+        boxes[thing] = paint(canvas, form, tint(thing.colour, rng), left, top)
+    return develop(canvas, rng), boxes
 
 
-def _ground(rng: np.random.Generator) -> np.ndarray:
+def tint(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """A colour as one thing wears it: its RGB, a little off."""
+    plain = _odd(rng) if colour == ODD else np.array(RGB[colour])
+    return np.clip(plain + rng.normal(0, 9, 3), 0, 255).astype(np.float32)
+
+
+def _odd(rng: np.random.Generator) -> np.ndarray:
+    """A colour that stands out from the ground and lies far from every colour with a name."""
+    named = np.array(list(RGB.values()))
+    while True:
+        colour = rng.uniform(10, 255, 3)
+        if colour.max() > 130 and np.linalg.norm(named - colour, axis=1).min() > 60:
+            return colour
+
+
+def paint(canvas: np.ndarray, form: np.ndarray, colour: np.ndarray, left: int, top: int) -> Box:
+    """Lays a colour over the canvas (height x width x 3, in place) where the form covers it, cut at the edges; its box."""
+    form = form[max(0, -top) : SIZE - top, max(0, -left) : SIZE - left]
+    left, top = max(0, left), max(0, top)
+    window = canvas[top : top + form.shape[0], left : left + form.shape[1]]
+    window += form[..., None] * (colour - window)
+    rows, columns = np.nonzero(form.max(1) > 0.3)[0], np.nonzero(form.max(0) > 0.3)[0]
+    return float(left + columns[0]), float(top + rows[0]), float(left + columns[-1] + 1), float(top + rows[-1] + 1)
+
+
+def develop(canvas: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """The canvas with the noise of a camera, as a picture."""
+    return Image.fromarray(np.uint8(np.clip(canvas + 5 * rng.standard_normal(canvas.shape, np.float32), 0, 255)))
+
+
+def ground(rng: np.random.Generator) -> np.ndarray:
     """A grey slope with clutter: strokes and specks that belong to no thing."""
     level, slope = rng.uniform(25, 85), rng.uniform(-25, 25, 2)
     axis = np.linspace(-0.5, 0.5, SIZE)
@@ -61,7 +83,7 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     return np.repeat(np.asarray(picture, np.float32)[..., None], 3, axis=2)
 
 
-def _mask(name: str, rng: np.random.Generator, held_out: bool) -> np.ndarray:
+def silhouette(name: str, rng: np.random.Generator, held_out: bool) -> np.ndarray:
     """How much of each pixel a thing covers, in [0, 1], on a square of 24 to 28 pixels."""
     size, angle = int(rng.integers(24, 29)), float(rng.uniform(-10, 10))
     if name in DIGITS:

@@ -15,6 +15,7 @@ SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NAMES = SHAPES + DIGITS
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
+ODD = "odd"  # any colour that is none of these: things that nobody asks the colour of, to learn names in all colours
 GRID = 4
 CELLS = tuple(f"{column}{row}" for row in range(1, GRID + 1) for column in "abcd")
 MOVES = ("up", "down", "left", "right")
@@ -81,9 +82,12 @@ class Question:
 
 
 def sample_scene(
-    rng: np.random.Generator, held_out: bool = False, moving: bool = False, sizes: tuple[int, int] = (3, 7)
+    rng: np.random.Generator, held_out: bool = False, moving: bool = False, sizes: tuple[int, int] = (3, 7), odd: float = 0.0
 ) -> Scene:
-    """A random scene of 3 to 7 things; with `held_out`, at least one of them is a combination training never shows."""
+    """A random scene of 3 to 7 things; with `held_out`, at least one of them is a combination training never shows.
+
+    `odd` is the share of things in colours without a name.
+    """
     count = int(rng.integers(sizes[0], sizes[1] + 1))
     palette = rng.choice(len(COLOURS), size=int(rng.integers(2, 7)), replace=False)
     cells = rng.choice(len(CELLS), size=count, replace=False)
@@ -93,7 +97,8 @@ def sample_scene(
         wanted = held_out and (i == 0 or rng.random() < 0.3)
         colours = _colours(name, palette, wanted)
         move = str(rng.choice(MOVES)) if moving else None
-        things.append(Thing(name, str(rng.choice(colours)), int(cells[i]), move))
+        colour = ODD if odd and rng.random() < odd else str(rng.choice(colours))
+        things.append(Thing(name, colour, int(cells[i]), move))
     order = rng.permutation(count)
     return Scene(tuple(things[i] for i in order), int(rng.integers(2**31)))
 
@@ -142,21 +147,22 @@ def _phrased(rng: np.random.Generator, long: float, short_text: str, long_text: 
 
 def _other(rng: np.random.Generator, answer: str, present: Sequence[str], everything: Sequence[str]) -> str:
     """A wrong answer of the same sort, from the scene where it offers one."""
-    options = sorted(set(present) - {answer}) or sorted(set(everything) - {answer})
+    options = sorted(set(present) - {answer, ODD}) or sorted(set(everything) - {answer})
     return str(_pick(rng, options))
 
 
 def ask_colour(rng: np.random.Generator, scene: Scene, long: float) -> Question | None:
-    if not scene.unique:
+    named = [thing for thing in scene.unique if thing.colour != ODD]
+    if not named:
         return None
-    thing = _pick(rng, scene.unique)
+    thing = _pick(rng, named)
     text, phrasing = _phrased(rng, long, f"color of {thing.name}", f"what color is the {thing.name} ?")
     wrong = _other(rng, thing.colour, [t.colour for t in scene.things], COLOURS)
     return Question("color", text, thing.colour, wrong, (thing,), phrasing=phrasing)
 
 
 def ask_thing(rng: np.random.Generator, scene: Scene, long: float) -> Question | None:
-    alone = [thing for thing in scene.things if len(scene.coloured(thing.colour)) == 1]
+    alone = [thing for thing in scene.things if len(scene.coloured(thing.colour)) == 1 and thing.colour != ODD]
     if not alone:
         return None
     thing = _pick(rng, alone)
@@ -228,11 +234,18 @@ def ask_relation(rng: np.random.Generator, scene: Scene, long: float) -> Questio
 
 
 def ask_comparison(rng: np.random.Generator, scene: Scene, long: float) -> Question | None:
-    pairs = [(a, b) for a in scene.unique for b in scene.unique if a is not b]
+    named = [thing for thing in scene.unique if thing.colour != ODD]
+    pairs = [(a, b) for a in named for b in named if a is not b]
     same = [pair for pair in pairs if pair[0].colour == pair[1].colour]
     different = [pair for pair in pairs if pair[0].colour != pair[1].colour]
     if not pairs:
         return None
+    # A pair told apart by "no other thing has this colour" asks for no comparison: pairs of shared colours come first.
+    for shared in (2, 1):
+        hard = [pair for pair in different if sum(len(scene.coloured(thing.colour)) > 1 for thing in pair) >= shared]
+        if hard and rng.random() < 0.8:
+            different = hard
+            break
     # Scenes offer more different pairs than like ones: a scene without a like pair is passed over half of the time.
     if not same and rng.random() < 0.5:
         return None

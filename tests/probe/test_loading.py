@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from probe import Example, load, trace
 from probe.anatomy import resolve, verify
 from probe.errors import AnatomyError, ExampleError, LoadError
-from probe.example import MAX_PIXELS, open_picture
+from probe.media import MAX_PIXELS, open_picture
 from probe.tracing import last_logits
 from tests import toys
 
@@ -30,12 +30,13 @@ def copy(folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", toys.FAMILIES)
-def test_a_saved_folder_opens_as_the_model_in_memory(family, tmp_path, pair):
+def test_a_saved_folder_opens_as_the_model_in_memory(family, tmp_path):
     model, processor = toys.build(family)
     toys.save(model, processor, tmp_path)
     here, there = load((model, processor)), load(tmp_path, device="cpu")
     assert there.anatomy == here.anatomy
-    assert [check.name for check in there.checks] == ["identity", "felt", "lens"]
+    assert [check.name for check in there.checks] == ["identity", "felt", "lens", "seen"][: len(here.checks)]
+    pair = toys.questions(here)
     a, b = here.encode(pair), there.encode(pair)
     assert [m.segments for m in a.maps] == [m.segments for m in b.maps]
     torch.testing.assert_close(last_logits(here, a), last_logits(there, b), atol=1e-5, rtol=0)
@@ -118,19 +119,32 @@ def test_a_text_only_model_is_not_shown_pictures(pair):
     subject = load(toys.build("llama"))
     with pytest.raises(ExampleError, match=r"is a text-only model .llama.: example 'a' shows it 1 picture"):
         subject.encode(pair[0])
-    assert subject.generate(pair[0].without_images(), 2)
+    assert subject.generate(pair[0].without_media(), 2)
 
 
 def test_anatomy_is_resolved_for_every_toy():
-    found = {name: resolve(toys.build(name)[0]) for name in (*toys.FAMILIES, *toys.OTHERS, "llama")}
-    assert len(found) == 9
-    assert {a.layers for n, a in found.items() if n in toys.FAMILIES} == {"model.language_model.layers"}
+    found = {name: resolve(toys.build(name)[0]) for name in (*toys.FAMILIES, "llama")}
+    assert len(found) == 26
+    assert {a.layers for n, a in found.items() if n in toys.PLAIN} == {"model.language_model.layers"}
     assert found["qwen3_vl"].vision == "model.visual"
     assert found["qwen3_vl"].connector is None or "merger" in found["qwen3_vl"].connector
     assert found["llava"].connector == "model.multi_modal_projector"
     assert found["llama"].vision is None
     assert found["qwen3_5"].attention.count(None) == 3
-    assert found["paligemma"].family == "generic"
+    assert found["mllama"].cross == (False, True, False, True)
+    assert found["qwen3_vl_moe"].experts == ("mlp.experts",) * 4
+    assert (found["qwen2_audio"].vision, found["qwen2_audio"].audio) == (None, "model.audio_tower")
+    assert [name for name, a in found.items() if a.family == "generic"] == ["llama"]
+    assert len({a.family for a in found.values()}) == 26
+
+
+def test_two_modules_for_one_role_are_refused():
+    model, _ = toys.build("llava")
+    model.model.vision_tower.multi_modal_projector = torch.nn.Identity()
+    with pytest.raises(
+        AnatomyError, match=r"two modules of the architecture 'llava' could be its connector .*: name one in its row"
+    ):
+        resolve(model)
 
 
 def test_a_wrong_anatomy_is_caught_by_experiment():
@@ -141,7 +155,7 @@ def test_a_wrong_anatomy_is_caught_by_experiment():
     wrong = replace(anatomy, final_norm=f"{anatomy.layers}.0.input_layernorm")
     torch.nn.init.uniform_(model.get_submodule(wrong.final_norm).weight, 2, 3)
     with pytest.raises(AnatomyError, match="'llava' fails the check 'lens'"):
-        verify(model, wrong, torch.tensor([[1, 5, 6, 7]]))
+        verify(model, wrong, {"input_ids": torch.tensor([[1, 5, 6, 7]])})
 
 
 def test_a_model_without_layers_is_refused_with_the_row_to_add():

@@ -10,16 +10,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from probe import Example, Grid, Region, Residual, Subject, TokenMap, load, trace
+from probe.anatomy import ROWS
 from probe.errors import ExampleError, TokenError
+from probe.mapping import NO_ROW
+from probe.tracing import last_logits
 from tests import toys
 
 # Sizes that resize, crop, pad and tile differently: landscape, portrait, square, extreme.
 SIZES = [(40, 60), (60, 40), (56, 56), (28, 90), (91, 30)]
-CASES = [(family, size) for family in toys.FAMILIES for size in SIZES]
+PLACED = [
+    name for name, row in zip(toys.FAMILIES, ROWS.values(), strict=True) if row.geometry not in (None, "resampled", "crossed")
+]
+CASES = [(family, size) for family in PLACED for size in (SIZES if family in toys.PLAIN else SIZES[::4])]
 
 
 def test_all_families_and_sizes_are_painted():
-    assert len(CASES) == 30
+    assert len(PLACED) == 19
+    assert len(CASES) == 30 + 13 * 2
 
 
 @cache
@@ -27,10 +34,10 @@ def _unmixed(family: str) -> Subject:
     """A toy whose vision layers add nothing: each position sees its own pixels only."""
     model, processor = toys.build(family)
     subject = load((model, processor))
-    vision = model.get_submodule(subject.anatomy.vision)
-    blocks = next(m for m in vision.modules() if isinstance(m, torch.nn.ModuleList) and len(m) >= 2)
-    for weight in blocks.parameters():
-        torch.nn.init.zeros_(weight)
+    for tower in filter(None, (subject.anatomy.vision, subject.anatomy.audio)):
+        for blocks in (m for m in model.get_submodule(tower).modules() if isinstance(m, torch.nn.ModuleList) and len(m) >= 2):
+            for weight in blocks.parameters():
+                torch.nn.init.zeros_(weight)
     return subject
 
 
@@ -104,7 +111,64 @@ def test_a_patch_of_the_processors_own_pixels_moves_exactly_its_position(family)
     assert seen == rows * columns == 16
 
 
-@pytest.mark.parametrize("family", toys.FAMILIES)
+def crossing(image: Image.Image) -> tuple[torch.Tensor, TokenMap]:
+    """What Mllama's cross-attention layers read (key width), and the map of those keys."""
+    subject = _unmixed("mllama")
+    encoded = subject.encode(Example("a", "is there a dog ?", (image,)))
+    seen: list[torch.Tensor] = []
+    handle = subject.model.get_submodule(subject.anatomy.connector).register_forward_hook(lambda m, a, out: seen.append(out))
+    try:
+        last_logits(subject, encoded)
+    finally:
+        handle.remove()
+    assert encoded.maps[0].crossed is not None
+    return seen[0].flatten(0, -2), encoded.maps[0].crossed
+
+
+@pytest.mark.parametrize("size", [(28, 56), (56, 56), (56, 28)])
+def test_painting_a_patch_of_a_crossed_picture_moves_exactly_its_key(size):
+    """Pictures of whole tiles, so that nothing smears; the tiles that no picture fills are padding."""
+    pixels = np.random.default_rng(3).integers(60, 200, (*size, 3), dtype=np.uint8)
+    clean, keys = crossing(Image.fromarray(pixels))
+    grid = keys.grids[0]
+    _, rows, columns = grid.shape
+    assert (rows, columns) == (size[0] // 7, size[1] // 7)
+    assert len(keys) == len(clean) == 4 * 17
+    assert keys.segments.count("pad") == len(keys) - size[0] * size[1] // 28**2 * 17
+    for row, column in ((0, 0), (rows - 1, columns - 1), (rows // 2, columns // 3)):
+        changed = pixels.copy()
+        changed[row * 7 : row * 7 + 7, column * 7 : column * 7 + 7] //= 2
+        after, _ = crossing(Image.fromarray(changed))
+        assert np.nonzero((after != clean).any(-1).numpy())[0].tolist() == [int(grid.positions[0, row, column])]
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", "qwen2_5_omni"])
+def test_painting_a_slice_of_sound_moves_its_positions_most(family):
+    """The encoder's convolutions reach one frame further and its attention is switched off: what moves lies where it sounds."""
+    subject = _unmixed(family)
+    samples, rate = toys.sound(0.75)
+    images = (toys.picture(),) if "image" in subject.marks else ()
+    pieces = 0
+    for start in (0.1, 0.3, 0.5):
+        changed = samples.copy()
+        changed[int(start * rate) : int((start + 0.12) * rate)] *= -0.2
+        states = []
+        for sound in (samples, changed):
+            encoded = subject.encode(Example("a", "is there a dog ?", images, sounds=((sound, rate),)))
+            states.append(trace(subject, encoded, [Residual("resid_pre", layers=[0])])["states"].tensor[0, 0])
+        token_map = encoded.maps[0]
+        grid = next(grid for grid in token_map.grids if grid.kind == "audio")
+        moved = (states[1] - states[0]).abs().amax(-1).numpy()
+        own = set(grid.during(start - 0.05, start + 0.17).tolist())
+        assert set(np.nonzero(moved > 0.35 * moved.max())[0].tolist()) <= own
+        assert moved[np.setdiff1d(np.arange(len(moved)), token_map.positions("audio"))].max() == 0
+        assert grid.times[0][0] == 0.0
+        assert abs(grid.times[-1][1] - 0.75) <= 0.04
+        pieces += 1
+    assert pieces == 3
+
+
+@pytest.mark.parametrize("family", toys.PLAIN)
 def test_segments_partition_the_prompt_and_say_what_they_say(toy, pair, family):
     subject = toy(family)
     example = Example(
@@ -179,7 +243,7 @@ def test_covering_is_the_obvious_overlap(box, rows, columns):
 
 
 def test_unknown_geometry_is_refused_by_name(toy):
-    token_map = TokenMap(("bos", "image", "question"), geometry=False)
+    token_map = TokenMap(("bos", "image", "question"), placeless=NO_ROW)
     with pytest.raises(TokenError, match=r"no known place in the picture: add its geometry to probe/anatomy/rows.py"):
         token_map.in_boxes([Region((0.0, 0.0, 1.0, 1.0))])
     with pytest.raises(TokenError, match=r"there is no token group 'imag' .did you mean 'image'"):

@@ -12,7 +12,7 @@ from tests import toys
 from tests.oracles.attention import eager_logits_with_mask, eager_patterns
 
 SIDES = ("left", "right")
-CASES = [(family, side) for family in toys.FAMILIES for side in SIDES]
+CASES = [(family, side) for family in toys.PLAIN for side in SIDES]
 
 
 def test_every_family_is_covered_on_both_sides():
@@ -63,7 +63,7 @@ def test_masses_sum_to_one_and_logits_are_bitwise_the_plain_ones(toy, pair, fami
     torch.testing.assert_close(found.logits, plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", toys.FAMILIES)
+@pytest.mark.parametrize("family", toys.PLAIN)
 def test_a_padded_batch_equals_batches_of_one(toy, pair, family):
     subject = toy(family)
     together = trace(subject, pair, [Mass(), Residual("resid_post", positions="question", reduce="mean")])
@@ -138,7 +138,7 @@ def test_heads_can_be_cut_one_by_one(toy):
 
 
 def test_lens_at_the_last_layer_is_the_models_output(toy, pair):
-    for family in toys.FAMILIES:
+    for family in toys.PLAIN:
         subject = toy(family)
         found = trace(subject, pair, [Lens(top=3, track=((5, 6), (7, 8)))])
         logits, ids = found["lens_logit"].tensor[-1, :, 0], torch.tensor([[5, 6], [7, 8]])
@@ -157,7 +157,7 @@ def test_the_raw_lens_is_not_the_normed_one(toy, pair):
 
 
 def test_residual_points_add_up(toy, pair):
-    for family in toys.FAMILIES:
+    for family in toys.PLAIN:
         subject = toy(family)
         points = ("resid_pre", "attn_out", "mlp_out", "resid_post")
         found = trace(subject, pair, [Residual(point) for point in points])
@@ -301,4 +301,4 @@ def test_what_a_recorder_cannot_record_is_refused_in_one_sentence(toy, pair, mak
 
 def test_a_batch_with_and_without_pictures_is_refused(toy, pair):
     with pytest.raises(ExampleError, match="encode them apart"):
-        toy("llava").encode([pair[0], pair[1].without_images()])
+        toy("llava").encode([pair[0], pair[1].without_media()])

@@ -25,12 +25,22 @@ def test_the_command_starts_without_torch():
     assert subprocess.run([sys.executable, "-c", "import probe.subject; " + code], check=False).returncode >= 1
 
 
+def test_a_model_is_checked(stranger):
+    found = last_line(run(app, ["models", "--check", str(stranger), "--json"]))
+    assert (found["family"], found["model_type"]) == ("LLaVA", "llava")
+    assert [check["check"] for check in found["checks"]] == ["identity", "felt", "lens", "seen"]
+    assert all(check["held"] for check in found["checks"])
+    told = run(app, ["models", "--check", str(stranger)]).stdout
+    assert "8 layers; takes image" in told
+    assert "model.multi_modal_projector" in told
+
+
 def test_studies_and_models_are_listed_as_json():
     found = last_line(run(app, ["studies", "--json"]))
     assert [row["name"] for row in found] == list(STUDIES)
     assert all(row["question"] for row in found)
     table = last_line(run(app, ["models", "--json"]))
-    assert len(table) == 6
+    assert len(table) == 25
     assert set(table[0]) == {"family", "model_type", "capabilities"}
     for row in table:
         assert all(v == "pass" or v.startswith(("not applicable: ", "refused: ")) for v in row["capabilities"].values())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from probe.errors import DataError
-from probe.example import open_picture
+from probe.media import open_picture
 from studies.data import load_data
 from tests import toys
 

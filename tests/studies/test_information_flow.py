@@ -185,7 +185,7 @@ def test_the_naive_method_gives_the_same_numbers(done, subject, tmp_path):
 
 
 def test_every_study_is_found_and_asks_its_question():
-    assert len(STUDIES) == 2
+    assert len(STUDIES) == 3
     for name, (_, question) in STUDIES.items():
         assert find_study(name).__doc__.startswith(question)
         assert question.endswith("?")

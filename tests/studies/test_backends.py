@@ -1,0 +1,25 @@
+"""The study of what the backends cost, at toy size: what it says, not how fast it is."""
+
+import json
+
+from typer.testing import CliRunner
+
+from studies.cli import app
+
+
+def test_every_backend_and_quantity_is_measured(tmp_path):
+    sizes = "--layers 2 --width 32 --heads 2 --kv-heads 2 --ffn 64 --vocabulary 600 --image-side 3 --question 4 --rounds 1"
+    asked = ["study", "backends", *sizes.split(), "--out", str(tmp_path / "r"), "--device", "cpu", "--json", "--quiet"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["run"] == str(tmp_path / "r")
+    assert list(found["backends"]) == ["hooks", "nnsight", "transformer_lens"]
+    for name, quantities in found["backends"].items():
+        assert list(quantities) == ["resid_post", "attn_out", "mlp_out", "rows"]
+        for numbers in quantities.values():
+            assert set(numbers) == {"time_over_forward", "memory_over_forward", "max_difference"}
+            assert numbers["time_over_forward"] > 0
+            assert numbers["memory_over_forward"] >= 1
+            assert numbers["max_difference"] == 0 if name == "hooks" else numbers["max_difference"] < 1e-5
+    assert "transformer_lens  rows" in (tmp_path / "r/report.md").read_text()

@@ -1,0 +1,46 @@
+"""One question looked at closely, with a clip, a sound, and a picture that only cross-attention sees."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from PIL import Image
+
+from probe import Example
+from probe.media import Video
+from studies.look import look
+from tests import toys
+
+
+@pytest.fixture
+def media(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(4):
+        toys.picture(56, 56, i).save(folder / f"{i}.png")
+    samples, rate = toys.sound(0.75)
+    soundfile.write(tmp_path / "a.wav", samples, rate)
+    return {
+        "llava_next_video": {"videos": (Video(folder),)},
+        "qwen2_audio": {"sounds": (tmp_path / "a.wav",)},
+        "mllama": {"images": (folder / "0.png",)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "figure", "kind"),
+    [("llava_next_video", "attention-clip", "video"), ("qwen2_audio", "attention-sound", "audio"), ("mllama", "attention", "")],
+)
+def test_what_is_shown_gets_its_figure(toy, tmp_path, media, family, figure, kind):
+    subject = toy(family)
+    summary = look(subject, Example("a", "what color is the ball ?", **media[family]), tmp_path / "run", 3)
+    figures = tmp_path / "run" / "figures"
+    assert {path.stem for path in figures.iterdir()} == {"tokens", figure, "mass", "lens"}
+    drawn = np.asarray(Image.open(figures / f"{figure}.png").convert("RGB"))
+    assert drawn.std() > 20
+    assert f"figures/{figure}.png" in (tmp_path / "run" / "report.md").read_text()
+    assert ({s["segment"] for s in summary["segments"]} >= {kind}) or not kind
+    rows = pq.read_table(tmp_path / "run" / "records").to_pandas()
+    mass = rows[rows.what == "mass"].groupby(["layer", "head"]).value.sum()
+    assert len(mass) == subject.n_layers * subject.n_heads
+    np.testing.assert_allclose(mass, 1.0, atol=1e-4)
