@@ -72,6 +72,7 @@ def paired_frames(clip: Clip, processor: Any, config: Any) -> Filmed:
     inputs = {
         "pixel_values_videos": paired.reshape(steps * rows * columns, -1),
         "video_grid_thw": torch.tensor([[steps, rows, columns]]),
+        "second_per_grid_ts": torch.tensor([depth * spacing(clip)]),  # what Qwen2.5-VL counts its time by
     }
     return Filmed(inputs, layout)
 
@@ -91,10 +92,15 @@ def joined(filmed: list[Filmed]) -> dict[str, Tensor]:
 
 
 def spans(clip: Clip, together: int = 1) -> tuple[Span, ...]:
-    """Start and stop of each frame (or group of frames) in seconds; the last lasts as long as the one before it."""
+    """Start and stop of each frame (or group of frames) in seconds; the last frame lasts as long as others do on average."""
     starts = clip.times[::together]
-    step = starts[-1] - starts[-2] if len(starts) > 1 else 0.0
-    return tuple(zip(starts, (*starts[1:], starts[-1] + step), strict=True))
+    left = len(clip.times) - together * (len(starts) - 1)  # frames in the last group
+    return tuple(zip(starts, (*starts[1:], starts[-1] + left * spacing(clip)), strict=True))
+
+
+def spacing(clip: Clip) -> float:
+    """Seconds from frame to frame on average; one, where there is a single frame."""
+    return (clip.times[-1] - clip.times[0]) / (len(clip.times) - 1) if len(clip.times) > 1 else 1.0
 
 
 def _film(clip: Clip, rows: int, columns: int, together: int = 1) -> Layout:

@@ -55,8 +55,9 @@ def build_map(
             segments[aligned[index]] = _segment_of(rendered, start, stop)
     if "question" in {name for name, _, _ in rendered.spans} - set(segments):
         raise TokenError("the processor's tokens do not contain the prompt's own: its placeholders could not be followed")
-    if bos is not None and tokens[0] == bos:
-        segments[0] = "bos"
+    first_bos = next((i for i, token in enumerate(tokens) if token == bos), None)  # after the picture in PaliGemma
+    if first_bos is not None:
+        segments[first_bos] = "bos"
     numbers = _numbers(media)
     for medium, run in zip(media, runs, strict=True):
         for position in range(int(run[0]), int(run[-1]) + 1):

@@ -44,7 +44,10 @@ def render(name: str, processor: Any, anatomy: Anatomy, marks: dict[str, str], e
     messages = _messages(body, placed, anatomy, marks, example)
     try:
         # The tokenizer's own method: a processor's may ask for parts (a video processor) that are not installed.
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        asked, text = (
+            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=begun)
+            for begun in (False, True)
+        )
     except TemplateError as error:
         raise ExampleError(f"the chat template of {name} refuses example {example.id!r}: {error}") from error
     for kind, shown in example.media.items():
@@ -53,7 +56,8 @@ def render(name: str, processor: Any, anatomy: Anatomy, marks: dict[str, str], e
                 f"the chat template of {name} made {text.count(marks[kind])} places for the {len(shown)} {_NOUN[kind]}(s) of "
                 f"example {example.id!r}: write {marks[kind]} in the prompt where each belongs"
             )
-    return located(text, example, tuple(marks.values()), chat=True)
+    stop = len(asked) if text.startswith(asked) else len(text)  # what opens the answer holds no part of the question
+    return located(text, example, tuple(marks.values()), True, stop)
 
 
 def _refuse_what_it_cannot_take(name: str, anatomy: Anatomy, marks: dict[str, str], example: Example) -> None:
@@ -96,7 +100,7 @@ def _plain(body: str, placed: bool, anatomy: Anatomy, marks: dict[str, str], exa
             f"to make one: write {wanted[0]} where the picture belongs"
         )
     lead = "".join(wanted) if not placed and anatomy.row.places == "first" else ""
-    return located(lead + body, example, tuple(marks.values()), chat=False)
+    return located(lead + body, example, tuple(marks.values()), False, len(lead + body))
 
 
 def _messages(body: str, placed: bool, anatomy: Anatomy, marks: dict[str, str], example: Example) -> list[dict[str, Any]]:
@@ -125,14 +129,14 @@ def _pieces(body: str, marks: dict[Any, str]) -> list[tuple[Any, str]]:
     return pieces
 
 
-def located(text: str, example: Example, marks: tuple[str, ...], chat: bool) -> Rendered:
-    """Finds the parts of the example in the rendered prompt, last occurrence first, since the template stands around them.
+def located(text: str, example: Example, marks: tuple[str, ...], chat: bool, stop: int) -> Rendered:
+    """Finds the parts of the example in the prompt's first `stop` characters, last occurrence first: a template stands around.
 
     A part with places for pictures inside it is found piece by piece. Raises ExampleError where a template rewrites a
     part, so that nobody knows which positions it has.
     """
     spans: list[tuple[str, int, int]] = []
-    end, tail = len(text), 0
+    end, tail = stop, 0
     parts = (
         ("suffix", example.suffix),
         ("options", example.options),
@@ -169,7 +173,15 @@ def _system(text: str, example: Example, end: int) -> list[tuple[str, int, int]]
 def _first_turn(text: str, end: int) -> int:
     marks = [
         text.find(mark, 0, end)
-        for mark in ("USER:", "<|im_start|>user", "[INST]", "<start_of_turn>user", "user\n", "User:", "<|user|>")
+        for mark in (
+            "USER:",
+            "<|im_start|>user",
+            "[INST]",
+            "<start_of_turn>user",
+            "<|start_header_id|>user",
+            "User:",
+            "<|user|>",
+        )
     ]
     found = [mark for mark in marks if mark >= 0]
     return min(found) if found else 0

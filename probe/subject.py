@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -201,19 +201,18 @@ class Subject:
         if "qwen" in self.anatomy.model_type and any(pictures):
             options["return_mm_token_type_ids"] = True
         shown = any(one.pictures or one.sounds for one in opened)
+        if self.anatomy.row.always_shown and not any(pictures):
+            raise ExampleError(f"a {self.anatomy.family} model cannot be asked anything without a picture")
         try:
             made = self.processor(text=texts, **options) if shown else self.tokenizer(texts, **options)
         except (ImportError, ValueError, TypeError) as error:
             raise ExampleError(f"the processor of {self.name} refuses these examples: {error}") from error
         known = signature(self.model.forward).parameters
         if films:
-            made |= joined(films)
+            made |= {name: value for name, value in joined(films).items() if name in known}
             if "mm_token_type_ids" in known:  # 0 text, 1 picture, 2 video
                 kinds = made.get("mm_token_type_ids", torch.zeros_like(made["input_ids"]))
                 made["mm_token_type_ids"] = kinds.masked_fill(made["input_ids"] == self.anatomy.video_token_id, 2)
-        pixels = known.get("pixel_values")
-        if pixels is not None and pixels.default is Parameter.empty and "pixel_values" not in made:
-            raise ExampleError(f"a {self.anatomy.family} model cannot be asked anything without a picture")
         unwanted = {"labels"} | ({"token_type_ids", "num_audio_tokens", "mm_token_type_ids"} - known.keys())
         inputs = {key: value for key, value in made.items() if key not in unwanted}
         if self.anatomy.row.places == "unmarked":  # BLIP's processors put the picture before the padding
@@ -241,7 +240,11 @@ class Subject:
                 plain["offset_mapping"], frozenset(ids), self.tokenizer.bos_token_id, self._media(one, films, inputs, seen),
             )  # fmt: skip
             maps.append(made.spread(np.nonzero(kept.numpy())[0], len(kept)))
-        return tuple(maps)
+        longest = max(len(made.crossed or ()) for made in maps)  # an example with fewer pictures has padding for keys
+        return tuple(
+            replace(made, crossed=made.crossed.spread(np.arange(len(made.crossed)), longest)) if made.crossed else made
+            for made in maps
+        )
 
     def _media(self, opened: Opened, films: list[Filmed], inputs: dict[str, Any], seen: dict[str, int]) -> list[Medium]:
         """The example's media with their layouts; `seen` counts those of the batch so far."""

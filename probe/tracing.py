@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probe.anatomy.readout import capped
 from probe.attention import Call, RowAttention, attend_rows, listening, mix_values
 from probe.backends import Wanted, find_backend
 from probe.edits import Ablate, Edit, Knockout, Patch
@@ -98,7 +99,9 @@ def last_logits(
     options: dict[str, Any] = {"use_cache": False}
     # Only what is needed goes through the unembedding. A number, not a tensor: accelerate would move a tensor away.
     first = int(last.min())
-    if "logits_to_keep" in signature(subject.model.forward).parameters:
+    # Gemma 4 with shared keys and values drops other rows inside the decoder as well: there, everything is kept.
+    shares = getattr(subject.config.get_text_config(), "num_kv_shared_layers", 0)
+    if not shares and "logits_to_keep" in signature(subject.model.forward).parameters:
         options["logits_to_keep"] = len(encoded.maps[0]) - first
     with subject.lock:
         logits = (model or subject.model)(**encoded.inputs, **options).logits
@@ -237,13 +240,13 @@ class _Session:
 
 
 def read_out(subject: Subject, state: Tensor) -> Tensor:
-    """Residual stream (... width) to logits (... vocabulary): the final norm and the unembedding."""
-    return subject.unembedding(subject.final_norm(state))
+    """Residual stream (... width) to logits (... vocabulary): the final norm, the unembedding, and a final soft cap."""
+    return capped(subject.unembedding(subject.final_norm(state)), subject.config)
 
 
 def _lens(subject: Subject, norm: str, layer: int, state: Tensor) -> Tensor:
     if norm == "none" and layer < subject.n_layers - 1:
-        return subject.unembedding(state)
+        return capped(subject.unembedding(state), subject.config)
     return read_out(subject, state)
 
 

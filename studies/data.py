@@ -11,6 +11,7 @@ from typing import Any
 from probe.errors import DataError, SightlineError
 from probe.example import Example, Region
 
+TELLINGS = {"demo": "picture", "demo:text": "text", "demo:video": "clip", "demo:audio": "sound"}
 _MEDIA = {"images": "picture", "videos": "video", "sounds": "sound"}
 _FIELDS = ("id", "prompt", *_MEDIA, "context", "suffix", "options", "system", "answer", "choices", "regions", "tags")
 
@@ -28,25 +29,26 @@ class Data:
 
 
 def load_data(source: str, limit: int | None = None, columns: Mapping[str, str] | None = None, seed: int = 0) -> Data:
-    """`demo` (pictures), `demo:text` (text twins), a `.jsonl`, or a folder that `datasets` saved, or a hub id.
+    """`demo` (pictures), `demo:text` (text twins), `demo:video` (clips), `demo:audio` (sounds), a `.jsonl`, or a folder that `datasets` saved, or a hub id.
 
     `columns` maps Example fields to the data set's columns (`image` stands for one picture). Raises DataError for a
     broken line, a duplicate id, or media that are not there, naming the line.
     """
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no examples: it must be at least 1")
-    if source in ("demo", "demo:text"):
+    if source in TELLINGS:
         from studies.demo import data
 
-        telling = "text" if source == "demo:text" else "picture"
-        made = data.examples(limit or 700, telling, seed=data.SEED + seed)
-        return Data(source, tuple(made), f"demo-world-1:{telling}:{seed}")
+        made = data.examples(limit or 700, TELLINGS[source], seed=data.SEED + seed)
+        return Data(source, tuple(made), f"demo-world-2:{TELLINGS[source]}:{seed}")
     path = Path(source)
     if path.suffix == ".jsonl":
         return _jsonl(path, limit)
     if path.is_dir() or ("/" in source and not path.exists()):
         return _datasets(source, limit, dict(columns or {}))
-    raise DataError(f"there is no data set {source!r}: name demo, demo:text, a .jsonl file, or a folder that datasets saved")
+    raise DataError(
+        f"there is no data set {source!r}: name {', '.join(TELLINGS)}, a .jsonl file, or a folder that datasets saved"
+    )
 
 
 def _jsonl(path: Path, limit: int | None) -> Data:

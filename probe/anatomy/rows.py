@@ -23,6 +23,7 @@ class Row:
     # without a chat template: the prompt marks each picture's place; marks go first; the processor puts them in itself
     adds: tuple[tuple[str, str], ...] = ()  # (point, norm): what a block adds is the output of this norm of the layer
     connector: str | None = None  # its dotted path, where two modules could be it
+    always_shown: bool = False  # without a picture its prompt has no form that it was trained on
     needs: str = ""  # what the family's pictures and sounds need that is not installed, if anything
 
 
@@ -43,14 +44,14 @@ ROWS: dict[str, Row] = {
     "qwen2_audio": Row("Qwen2-Audio", sounds="whisper"),
     "voxtral": Row("Voxtral", needs="transformers' VoxtralProcessor with mistral-common"),
     "internvl": Row("InternVL", "thumbnail_last"),
-    "paligemma": Row("PaliGemma", "plain", places="first"),
+    "paligemma": Row("PaliGemma", "plain", places="first", always_shown=True),
     "gemma3": Row("Gemma 3", "pooled", mark="boi_token"),
     "gemma4": Row("Gemma 4", "listed"),
     "idefics3": Row("Idefics3", "named_tiles"),
     "smolvlm": Row("SmolVLM", "named_tiles"),
     "mllama": Row("Llama 3.2 Vision (Mllama)", "crossed", places="first"),
-    "blip-2": Row("BLIP-2", "resampled", places="unmarked"),
-    "instructblip": Row("InstructBLIP", "resampled", places="unmarked"),
+    "blip-2": Row("BLIP-2", "resampled", places="unmarked", always_shown=True),
+    "instructblip": Row("InstructBLIP", "resampled", places="unmarked", always_shown=True),
     "phi4_multimodal": Row("Phi-4-multimodal", needs="transformers' Phi4MultimodalImageProcessor with torchvision"),
 }
 GENERIC = Row("generic")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from probe.anatomy.readout import capped
 from probe.anatomy.resolve import Anatomy
 from probe.errors import AnatomyError
 
@@ -44,7 +45,7 @@ def verify(model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Any]) -> 
     same = _logits(model, inputs, middle, lambda out: out.clone())
     zeroed = _logits(model, inputs, middle, torch.zeros_like)
     norm, unembedding = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.unembedding)
-    lens = unembedding(norm(states[0]))
+    lens = capped(unembedding(norm(states[0])), model.config)
     gap = (lens - clean).abs().max().item()
     tolerance = 1e-4 if clean.dtype == torch.float32 else 0.1
     checks = (

@@ -48,9 +48,11 @@ def thumbnail_last(size: Size, index: int, inputs: Mapping[str, Any], processor:
     side = int(pictures.size["height"])
     cells = round(side / _first(config.vision_config.patch_size) * float(config.downsample_ratio))
     columns = rows = 1
-    if pictures.crop_to_patches and pictures.max_patches > 1:
+    asked = {name: getattr(pictures, name) for name in ("crop_to_patches", "min_patches", "max_patches")}
+    asked |= {name: value for name, value in processor_defaults(processor).items() if name in asked}
+    if asked["crop_to_patches"] and asked["max_patches"] > 1:
         canvas = _of_its_module(pictures, "get_optimal_tiled_canvas")
-        columns, rows = canvas(size, (side, side), pictures.min_patches, pictures.max_patches)
+        columns, rows = canvas(size, (side, side), asked["min_patches"], asked["max_patches"])
     return _tiles_then_thumbnail(size, int(rows), int(columns), cells)
 
 
@@ -91,6 +93,11 @@ def _tiles_then_thumbnail(size: Size, rows: int, columns: int, cells: int) -> La
     detail = PatchGrid(tiled(rows, columns, cells, cells), whole(size), "tile")
     thumbnail = PatchGrid(row_major(cells, cells, count), whole(size), "thumbnail")
     return Layout(count + cells**2, (thumbnail, detail))
+
+
+def processor_defaults(processor: Any) -> dict[str, Any]:
+    """What a processor's class tells its picture processor by default, over that one's own settings."""
+    return dict(getattr(processor, "images_kwargs", None) or {})
 
 
 def _of_its_module(image_processor: Any, name: str) -> Any:

@@ -83,9 +83,13 @@ def sound_page(wave: Wave, grid: Grid, bands: Bands) -> Any:
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=(0.65, 0.35), vertical_spacing=0.05)
     middles = [(start + stop) / 2 for start, stop in grid.times]
     for (name, weights), colour in zip(bands, COLOURS, strict=False):
-        figure.add_scatter(x=middles, y=weights[:, 0, 0], name=name, line={"shape": "hvh", "color": colour}, row=1, col=1)
+        figure.add_scatter(
+            x=middles, y=weights[:, 0, 0], name=name, mode="lines", line={"shape": "hvh", "color": colour}, row=1, col=1
+        )
     seconds, samples = _thinned(wave)
-    figure.add_scatter(x=seconds, y=samples, showlegend=False, line={"color": "#4D4D4D", "width": 1}, row=2, col=1)
+    figure.add_scatter(
+        x=seconds, y=samples, mode="lines", showlegend=False, line={"color": "#4D4D4D", "width": 1}, row=2, col=1
+    )
     figure.update_yaxes(title_text="attention", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(title_text="second", row=2, col=1)
     return figure.update_layout(**LAYOUT, height=420)

@@ -77,6 +77,10 @@ def _keep_output(clean: CleanLayer, first_row: int) -> Callable[..., None]:
 
 def _refuse_what_is_not_exact(subject: Subject, encoded: Encoded, clean: Clean, starts: set[tuple[int, int]]) -> None:
     family = subject.anatomy.family
+    if getattr(subject.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ReplayError(
+            f'layers of this {family} model share keys and values with other layers: run the sweep with method="naive"'
+        )
     for index, layer in enumerate(clean.layers):
         if subject.anatomy.cross[index]:
             if layer.call is None:

@@ -59,6 +59,10 @@ STAGES: dict[str, tuple[Stage, ...]] = {
             "joint-polish", 800, 5e-4, (("picture", 0.85), ("text", 0.1), ("nothing", 0.05)), (*HARD, *["count"] * 4),
             questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.1,
         ),
+        Stage(
+            "joint-polish-again", 650, 5e-4, (("picture", 0.85), ("text", 0.1), ("nothing", 0.05)), (*HARD, *["count"] * 4),
+            questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.1,
+        ),
     ),
     "video": (
         Stage(

@@ -52,12 +52,12 @@ def make(
     if fuse:
         _compile(model)
     began = time.time()
-    for stage in stages[-1:] if go_on else stages:
+    for number, stage in list(enumerate(stages))[-1 if go_on else 0 :]:
         if stage.align:
             fit_facts(pupil, tokenizer, device, stage.moving, min(250, stage.steps))
         if stage.tower_steps:
             teach_tower(pupil, tokenizer, device, stage)
-        train(stage, pupil, tokenizer, seed, device)
+        train(stage, pupil, tokenizer, seed + number, device)  # each stage draws scenes of its own
     minutes = (time.time() - began) / 60 + (_card(out)[_card_name(name)]["minutes"] if go_on else 0.0)
     for layer in (layer for stack in stacks(model) for layer in stack):
         layer.__dict__.pop("forward", None)

@@ -7,7 +7,8 @@ from PIL import Image
 
 from probe import Example, Residual, load, trace
 from probe.anatomy import ROWS
-from probe.errors import ExampleError
+from probe.errors import ExampleError, TokenError
+from probe.frames import spans
 from probe.media import Clip, Video, Wave, chosen_frames, open_sound, open_video
 from probe.tracing import last_logits
 from tests import toys
@@ -150,6 +151,35 @@ def test_a_clip_of_no_frames_and_of_wrong_times():
         Clip((toys.picture(),), (0.0, 1.0))
     with pytest.raises(ExampleError, match="frames are chosen by uniform, middle or first, not 'last'"):
         Video("v.mp4", policy="last")
+
+
+def test_spans_of_short_and_odd_clips_cover_their_time():
+    pictures = tuple(frames())
+    assert spans(Clip(pictures[:1], (2.0,))) == ((2.0, 3.0),)
+    assert spans(Clip(pictures[:2], (0.0, 1.0)), 2) == ((0.0, 2.0),)
+    assert spans(Clip(pictures[:3], (0.0, 0.5, 1.0)), 2) == ((0.0, 1.0), (1.0, 1.5))
+
+
+def test_qwens_clock_is_told_how_long_a_step_is(toy):
+    """Qwen2.5-VL counts time in seconds: two frames 4 s apart make steps of 8 s, and its positions say so."""
+    subject = toy("qwen2_5_vl")
+    slow, fast = (
+        subject.encode(
+            Example("a", "what ?", videos=(lambda step=step: Clip(tuple(frames()), (0.0, step, 2 * step, 3 * step)),))
+        )
+        for step in (4.0, 0.5)
+    )
+    assert [float(e.inputs["second_per_grid_ts"][0]) for e in (slow, fast)] == [8.0, 1.0]
+    assert not torch.equal(last_logits(subject, slow), last_logits(subject, fast))
+    assert (
+        "second_per_grid_ts"
+        not in toy("qwen2_vl").encode(Example("a", "what ?", videos=(lambda: Clip(tuple(frames()), TIMES),))).inputs
+    )
+
+
+def test_a_sound_longer_than_the_model_hears_is_refused(toy):
+    with pytest.raises(TokenError, match=r"a sound of 3.0 s is longer than the 1.0 s that the model hears: cut it into pieces"):
+        toy("qwen2_audio").encode(Example("a", "what ?", sounds=(toys.sound(3.0),)))
 
 
 def test_sounds_are_mixed_down_and_resampled(tmp_path):

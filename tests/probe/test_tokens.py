@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from probe import Example, Grid, Region, Residual, Subject, TokenMap, load, trace
+from probe import Example, Grid, Mass, Region, Residual, Subject, TokenMap, load, trace
 from probe.anatomy import ROWS
 from probe.errors import ExampleError, TokenError
 from probe.mapping import NO_ROW
@@ -206,6 +206,24 @@ def test_a_placeholder_in_the_prompt_says_where_the_picture_goes(toy):
     image = token_map.positions("image")
     said = "".join(token_map.spellings[p] for p in range(image[0]))
     assert said.endswith("the cat ")
+
+
+def test_a_word_that_the_header_holds_too_is_found_in_the_question(toy):
+    """`A` and `T` begin and end pieces of `ASSISTANT:`: what opens the answer is no place for a question."""
+    for word in ("A", "ANT", "ASSISTANT"):
+        token_map = toy("llava").encode(Example("a", word, (toys.picture(),))).maps[0]
+        assert "".join(token_map.spellings[p] for p in token_map.positions("question")).strip() == word
+        assert "".join(token_map.spellings[p] for p in token_map.positions("header")).strip() == "ASSISTANT:"
+
+
+def test_an_example_with_fewer_pictures_has_padded_keys(toy):
+    subject = toy("mllama")
+    one, two = (Example(str(n), "what ?", tuple(toys.picture(seed=i) for i in range(n))) for n in (1, 2))
+    keys = [token_map.crossed for token_map in subject.encode([one, two]).maps]
+    assert [len(k) for k in keys] == [2 * 4 * 17] * 2
+    assert keys[0].segments[4 * 17 :] == ("pad",) * (4 * 17)
+    mass = trace(subject, [one, two], [Mass(("last",))])["mass"].tensor
+    torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass[..., 0]), atol=1e-5, rtol=0)
 
 
 def test_padding_shifts_everything(toy, pair):

@@ -87,3 +87,16 @@ def test_a_saved_datasets_folder_with_a_column_mapping(tmp_path):
     assert open_picture(data.examples[1].images[0]).size == (60, 40)
     with pytest.raises(DataError, match=r"has no column 'prompt' .it has q, pic, a.: map fields with --columns"):
         load_data(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"), [("demo", "images"), ("demo:text", ""), ("demo:video", "videos"), ("demo:audio", "sounds")]
+)
+def test_the_bundled_world_is_told_four_ways(source, kind):
+    """The same scenes, questions and answers, but for clips, where things move and direction is asked too."""
+    data = load_data(source, 14)
+    assert len(data) == 14
+    assert {name for name in ("images", "videos", "sounds") if getattr(data.examples[0], name)} == ({kind} - {""})
+    assert {e.tags["kind"] for e in data.examples} >= {"color", "thing", "count", "exist", "place", "relation", "compare"}
+    if source != "demo:video":
+        assert [e.answer for e in data.examples] == [e.answer for e in load_data("demo", 14).examples]

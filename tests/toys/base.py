@@ -17,7 +17,7 @@ Made = tuple[torch.nn.Module, Any]
 USER = (
     "{{ bos_token }}a chat .{% for m in messages %} USER: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}IMAGE\n{% elif c['type'] == 'audio' %}AUDIO\n{% elif c['type'] == 'video' %}VIDEO\n"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
 

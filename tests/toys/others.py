@@ -51,7 +51,7 @@ def gemma4() -> Made:
     words = {
         **text(size), "head_dim": 8, "global_head_dim": 8, "max_position_embeddings": 1024, "sliding_window": 16,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "vocab_size_per_layer_input": size,
-        "hidden_size_per_layer_input": 0,
+        "hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0,
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -69,7 +69,7 @@ def internvl() -> Made:
     tok = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
-    images = hf.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4)
+    images = hf.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, min_patches=1, max_patches=4)
     processor = picture_only(hf.InternVLProcessor)(
         images, tok, None, image_seq_length=4, chat_template=template("<IMG_CONTEXT>")
     )
