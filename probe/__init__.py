@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from probe.anatomy import Anatomy, Row
     from probe.edits import Ablate, Knockout, Patch, window
     from probe.example import Example, Region
+    from probe.generation import Generation, trace_generation
     from probe.recorders import Lens, Mass, Patterns, Residual, Rows
     from probe.replay import Sweep, sweep
     from probe.subject import Encoded, Subject, load
@@ -16,6 +17,7 @@ _HOMES = {
     "Anatomy": "probe.anatomy", "Row": "probe.anatomy",
     "Ablate": "probe.edits", "Knockout": "probe.edits", "Patch": "probe.edits", "window": "probe.edits",
     "Example": "probe.example", "Region": "probe.example",
+    "Generation": "probe.generation", "trace_generation": "probe.generation",
     "Lens": "probe.recorders", "Mass": "probe.recorders", "Patterns": "probe.recorders", "Residual": "probe.recorders",
     "Rows": "probe.recorders",
     "Sweep": "probe.replay", "sweep": "probe.replay",
@@ -28,6 +30,7 @@ __all__ = [
     "Anatomy",
     "Encoded",
     "Example",
+    "Generation",
     "Grid",
     "Knockout",
     "Lens",
@@ -45,6 +48,7 @@ __all__ = [
     "load",
     "sweep",
     "trace",
+    "trace_generation",
     "window",
 ]
 

@@ -114,6 +114,12 @@ class RowAttention:
         score = weight.clamp(min=torch.finfo(weight.dtype).tiny).log()
         return cls(rows, score, weight, torch.ones_like(weight[..., :1]))
 
+    def after(self, forgotten: int) -> "RowAttention":
+        """The same rows among more keys: the first ones, which the rows did not see, have weight 0."""
+        pad = torch.nn.functional.pad
+        low = torch.finfo(self.score.dtype).min
+        return RowAttention(self.rows, pad(self.score, (forgotten, 0), value=low), pad(self.weight, (forgotten, 0)), self.total)
+
     @property
     def probability(self) -> Tensor:
         return self.weight / self.total

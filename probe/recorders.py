@@ -122,24 +122,31 @@ ROWS_TIMES_VOCABULARY = 2**26  # logits that the lens holds at once: 256 MiB in 
 Recorder = Mass | Rows | Patterns | Residual | Lens
 
 
-def pad_positions(maps: tuple[TokenMap, ...], group: Group) -> Tensor:
-    """Positions of a group in each example (batch row), -1 where an example has fewer."""
+def pad_positions(maps: tuple[TokenMap, ...], group: Group, cached: int = 0) -> Tensor:
+    """Positions of a group in each example (batch row), -1 where an example has fewer.
+
+    The first `cached` positions are in the cache of an earlier pass: this pass has no rows for them.
+    """
     picked = [torch.from_numpy(token_map.positions(group)) for token_map in maps]
+    picked = [positions[positions >= cached] for positions in picked]
     return torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=-1)
 
 
 class MassCollector:
     """Turns row attention into group masses, layer by layer."""
 
-    def __init__(self, recorder: Mass, maps: tuple[TokenMap, ...], device: torch.device, cross: tuple[bool, ...] = ()) -> None:
+    def __init__(
+        self, recorder: Mass, maps: tuple[TokenMap, ...], device: torch.device, cross: tuple[bool, ...] = (), cached: int = 0
+    ) -> None:
         self.groups = recorder.rows
         self.cross = cross  # layer by layer, whether its keys are the picture's
         keys = [space for m in maps for space in (m, m.crossed) if space is not None]
         self.columns = recorder.columns or tuple(name for name in SEGMENTS if any(name in space.segments for space in keys))
-        picked = [pad_positions(maps, group) for group in recorder.rows]
-        self.rows = _union(picked).to(device)
+        picked = [pad_positions(maps, group, cached) for group in recorder.rows]
+        rows = _union(picked)
         # batch group row: the share of each row in its group's mean
-        self.shares = torch.stack([_share(self.rows.cpu(), group) for group in picked], 1).to(device)
+        self.shares = torch.stack([_share(rows, group) for group in picked], 1).to(device)
+        self.rows = (rows - cached).clamp(min=0).to(device)  # among the queries of this pass
         self.member = {False: torch.stack([_one_hot(maps, column) for column in self.columns], -1).to(device)}
         sinks = [[token_map.first] if recorder.sinks == "first" else recorder.sinks for token_map in maps]
         self.sink = {False: torch.stack([_one_hot((m,), s)[0] for m, s in zip(maps, sinks, strict=True)]).to(device)}
@@ -176,12 +183,13 @@ class RowCollector:
     """Keeps chosen attention rows."""
 
     def __init__(
-        self, recorder: Rows | Patterns, maps: tuple[TokenMap, ...], heads: list[int] | None, device: torch.device
-    ) -> None:
+        self, recorder: Rows | Patterns, maps: tuple[TokenMap, ...], heads: list[int] | None, device: torch.device,
+        cached: int = 0,
+    ) -> None:  # fmt: skip
         self.name = "rows" if isinstance(recorder, Rows) else "patterns"
         group: Group = recorder.positions if isinstance(recorder, Rows) else range(len(maps[0]))
-        self.positions = pad_positions(maps, group)
-        self.rows = self.positions.clamp(min=0).to(device)
+        self.positions = pad_positions(maps, group, cached)
+        self.rows = (self.positions - cached).clamp(min=0).to(device)
         self.real = (self.positions >= 0).to(device)
         self.heads = heads
         self.found: dict[int, Tensor] = {}
@@ -206,10 +214,10 @@ class RowCollector:
 class StateCollector:
     """Keeps activations at a point, whole or reduced."""
 
-    def __init__(self, recorder: Residual, maps: tuple[TokenMap, ...], device: torch.device) -> None:
+    def __init__(self, recorder: Residual, maps: tuple[TokenMap, ...], device: torch.device, cached: int = 0) -> None:
         self.recorder = recorder
-        self.positions = pad_positions(maps, recorder.positions)
-        self.index = self.positions.clamp(min=0).to(device)
+        self.positions = pad_positions(maps, recorder.positions, cached)
+        self.index = (self.positions - cached).clamp(min=0).to(device)
         self.real = (self.positions >= 0).to(device)
         self.found: dict[int, Tensor] = {}
 
@@ -246,10 +254,11 @@ class LensCollector:
         read: Callable[[int, Tensor], Tensor],
         vocabulary: int,
         device: torch.device,
+        cached: int = 0,
     ) -> None:
         self.recorder, self.read, self.vocabulary = recorder, read, vocabulary
-        self.positions = pad_positions(maps, recorder.positions)
-        self.index = self.positions.clamp(min=0).to(device)
+        self.positions = pad_positions(maps, recorder.positions, cached)
+        self.index = (self.positions - cached).clamp(min=0).to(device)
         self.track = None
         if recorder.track:
             if len(recorder.track) != len(maps) or len({len(ids) for ids in recorder.track}) != 1:

@@ -73,7 +73,7 @@ def trace(
     is not installed or has no place for what was asked.
     """
     encoded = examples if isinstance(examples, Encoded) else subject.encode(examples, padding)
-    session = _Session(subject, encoded, record, edit)
+    session = Session(subject, encoded, record, edit)
     with ExitStack() as stack:
         stack.enter_context(subject.lock)
         if backend != "hooks":
@@ -108,11 +108,16 @@ def last_logits(
     return logits[torch.arange(len(encoded)), last - len(encoded.maps[0])].float().to(subject.device)
 
 
-class _Session:
-    """One pass: the recorders and edits, resolved against the batch."""
+class Session:
+    """One pass: the recorders and edits, resolved against the batch.
 
-    def __init__(self, subject: Subject, encoded: Encoded, record: Sequence[Recorder], edit: Sequence[Edit]) -> None:
-        self.subject, self.encoded = subject, encoded
+    Where the first `cached` positions come from the cache of an earlier pass, they are keys here and never rows.
+    """
+
+    def __init__(
+        self, subject: Subject, encoded: Encoded, record: Sequence[Recorder], edit: Sequence[Edit], cached: int = 0
+    ) -> None:
+        self.subject, self.encoded, self.cached = subject, encoded, cached
         self.crossed = all(token_map.crossed is not None for token_map in encoded.maps)
         self.collectors: list[tuple[str, Any]] = []
         self.attention: dict[int, list[AttentionCollector]] = {}
@@ -129,18 +134,19 @@ class _Session:
         layers = layer_list(recorder.layers, subject.n_layers)
         collector: Any
         if isinstance(recorder, Residual):
-            collector = StateCollector(recorder, maps, device)
+            collector = StateCollector(recorder, maps, device, self.cached)
             for layer in layers:
                 self.states.setdefault((recorder.point, layer), []).append(collector)
         elif isinstance(recorder, Lens):
-            collector = LensCollector(recorder, maps, partial(_lens, subject, recorder.norm), subject.vocabulary, device)
+            read = partial(_lens, subject, recorder.norm)
+            collector = LensCollector(recorder, maps, read, subject.vocabulary, device, self.cached)
             for layer in layers:
                 self.states.setdefault(("resid_post", layer), []).append(collector)
         else:
             if isinstance(recorder, Mass):
-                collector = MassCollector(recorder, maps, device, subject.anatomy.cross if self.crossed else ())
+                collector = MassCollector(recorder, maps, device, subject.anatomy.cross if self.crossed else (), self.cached)
             else:
-                collector = RowCollector(recorder, maps, head_list(recorder.heads, subject.n_heads), device)
+                collector = RowCollector(recorder, maps, head_list(recorder.heads, subject.n_heads), device, self.cached)
             wanted = None if isinstance(recorder, Mass) else recorder.cross
             for layer in self._with_attention(layers, recorder.layers is not None, wanted):
                 self.attention.setdefault(layer, []).append(collector)
@@ -148,7 +154,7 @@ class _Session:
 
     def _add_edit(self, edit: Edit) -> None:
         if isinstance(edit, Knockout):
-            cut = resolve_cut(edit, self.encoded, self.subject)
+            cut = resolve_cut(edit, self.encoded, self.subject, self.cached)
             if not cut.rows.shape[1]:
                 return  # no example of the batch has such rows
             for layer in self._with_attention(layer_list(edit.layers, self.subject.n_layers), edit.layers is not None):
@@ -183,16 +189,16 @@ class _Session:
         places = {place for place in (*self.states, *self.changes) if place[0] != "z"}
         handles = []
         for point, layer in sorted(places):
-            handle = hook(self.subject, point, layer, partial(self._visit, point, layer))
+            handle = hook(self.subject, point, layer, partial(self.visit, point, layer))
             stack.callback(handle.remove)
             handles.append(handle)
         return handles
 
-    def _visit(self, point: str, layer: int, state: Tensor) -> Tensor | None:
+    def visit(self, point: str, layer: int, state: Tensor) -> Tensor | None:
         """Edits first, then records: what is recorded is what the model goes on with."""
         changes = self.changes.get((point, layer), ())
         for change in changes:
-            state = apply_change(change, state, self.encoded)
+            state = apply_change(change, state, self.encoded, self.cached)
         for collector in self.states.get((point, layer), ()):
             collector.take(layer, state.detach())
         return state if changes else None
@@ -201,7 +207,7 @@ class _Session:
         """What a backend is asked for."""
         if self.cuts:
             raise BackendError("knock-outs run on the hooks backend: the others take Ablate and Patch")
-        return Wanted(frozenset((*self.states, *self.changes)), frozenset(self.attention), self._visit, self._weigh)
+        return Wanted(frozenset((*self.states, *self.changes)), frozenset(self.attention), self.visit, self._weigh)
 
     def _weigh(self, layer: int, pattern: Tensor) -> None:
         real = torch.ones(pattern.shape[0], pattern.shape[3], dtype=torch.bool, device=pattern.device)
@@ -215,12 +221,13 @@ class _Session:
         with torch.no_grad():
             cuts = self.cuts.get(layer, [])
             for collector in self.attention.get(layer, []):
-                collector.take(layer, self._rows(call, collector.rows.to(call.query.device), cuts, layer))
+                seen = self._rows(call, collector.rows.to(call.query.device), cuts, layer)
+                collector.take(layer, self._seen(seen, layer))
         if cuts:
             rows = cut_rows(cuts).to(call.query.device)
             read = mix_values(call, self._rows(call, rows, cuts, layer)).transpose(1, 2)
             output = output.scatter(1, rows[:, :, None, None].expand_as(read), read.to(output.dtype))
-        new = self._visit("z", layer, output)
+        new = self.visit("z", layer, output)
         return (output if new is None else new), weights
 
     def _rows(self, call: Call, rows: Tensor, cuts: list["Cut"], layer: int) -> RowAttention:
@@ -228,6 +235,11 @@ class _Session:
         for cut in cuts:
             visible = cut.apply(visible, rows, call.query.shape[1], self.subject.anatomy.cross[layer])
         return attend_rows(call, rows, visible, bias)
+
+    def _seen(self, attention: RowAttention, layer: int) -> RowAttention:
+        """The rows with a key for every position: the cache of a sliding window has forgotten the first ones."""
+        forgotten = 0 if self.subject.anatomy.cross[layer] else len(self.encoded.maps[0]) - attention.weight.shape[3]
+        return attention.after(forgotten) if forgotten > 0 else attention
 
     def results(self) -> dict[str, Named]:
         made: dict[str, Named] = {}
@@ -254,7 +266,7 @@ def _lens(subject: Subject, norm: str, layer: int, state: Tensor) -> Tensor:
 class Cut:
     """A knock-out resolved against a batch."""
 
-    rows: Tensor  # batch row, -1 where an example has fewer
+    rows: Tensor  # batch row, among the queries of the pass; -1 where an example has fewer
     columns: Tensor  # batch position, True where the rows may not look
     heads: list[int] | None
     crossed: Tensor | None = None  # batch key: the same among the picture's keys, in cross-attention layers
@@ -263,6 +275,7 @@ class Cut:
         """`visible` (batch 1|head row key) without the cut edges."""
         columns = self.crossed if cross else self.columns
         assert columns is not None
+        columns = columns[:, -visible.shape[-1] :]  # a sliding window's cache holds the last keys only
         hit = (rows[:, :, None] == self.rows.to(rows.device)[:, None, :]).any(-1)  # batch row
         cut = (hit[:, :, None] & columns.to(rows.device)[:, None, :])[:, None]
         if self.heads is not None:
@@ -272,7 +285,7 @@ class Cut:
         return visible & ~cut
 
 
-def resolve_cut(edit: Knockout, encoded: Encoded, subject: Subject) -> Cut:
+def resolve_cut(edit: Knockout, encoded: Encoded, subject: Subject, cached: int = 0) -> Cut:
     """The knock-out's rows and columns as positions of each example of the batch."""
     columns = torch.zeros(len(encoded), len(encoded.maps[0]), dtype=torch.bool)
     for i, token_map in enumerate(encoded.maps):
@@ -280,7 +293,8 @@ def resolve_cut(edit: Knockout, encoded: Encoded, subject: Subject) -> Cut:
     crossed = None
     if all(token_map.crossed is not None for token_map in encoded.maps):
         crossed = crossed_one_hot(encoded.maps, edit.columns).bool()
-    return Cut(pad_positions(encoded.maps, edit.rows), columns, head_list(edit.heads, subject.n_heads), crossed)
+    rows = pad_positions(encoded.maps, edit.rows, cached)
+    return Cut(torch.where(rows < 0, rows, rows - cached), columns, head_list(edit.heads, subject.n_heads), crossed)
 
 
 def cut_rows(cuts: list[Cut]) -> Tensor:
@@ -291,11 +305,12 @@ def cut_rows(cuts: list[Cut]) -> Tensor:
     return merged[:, :1] if merged.shape[1] == 1 else torch.unique_consecutive(merged.sort(1).values, dim=1)
 
 
-def apply_change(change: Ablate | Patch, state: Tensor, encoded: Encoded) -> Tensor:
+def apply_change(change: Ablate | Patch, state: Tensor, encoded: Encoded, cached: int = 0) -> Tensor:
     """`state` (batch position ...) with the chosen positions replaced."""
     state = state.clone()
     for i, token_map in enumerate(encoded.maps):
-        at = torch.from_numpy(token_map.positions(change.positions)).to(state.device)
+        positions = token_map.positions(change.positions)
+        at = torch.from_numpy(positions[positions >= cached] - cached).to(state.device)
         if isinstance(change, Patch):
             value = change.value
             if state[i, at].shape != value.shape:
@@ -314,6 +329,10 @@ def _ablated(change: Ablate, picked: Tensor, row: int) -> Tensor:
         new = torch.zeros_like(picked)
     elif change.how == "mean":
         mean = change.reference if change.reference is not None else picked.float().mean(0)
+        if mean.shape != picked.shape[1:]:
+            raise EditError(
+                f"the reference of an ablation at {change.point} has the shape {tuple(picked.shape[1:])}, not {tuple(mean.shape)}"
+            )
         new = mean.to(picked).expand_as(picked)
     else:
         source = torch.Generator().manual_seed(change.seed + row)

@@ -1,10 +1,13 @@
 """The information-flow study's numbers, figures and words, made from its records."""
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from probe.analysis.flow import METRICS, cutoff_layer, default_window, window_mean
 from probe.analysis.stats import bootstrap_mean, spearman, wilson
@@ -19,14 +22,14 @@ Table = pd.DataFrame
 
 def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Summary:
     """Everything that the report says, as numbers. Raises DataError when no example could be used."""
-    table = rows.to_pandas()
-    skipped = table[table.what == "skipped"]
-    answers = table[table.what == "answer"]
+    skipped, answers = _picked(rows, "skipped"), _picked(rows, "answer")
     if not len(answers):
         reason = skipped.text.iloc[0] if len(skipped) else "the data set is empty"
         raise DataError(f"none of the {len(skipped)} examples could be used; the first: {reason}")
-    cumulative = _per_example(table[(table.what == "cumulative")], "relative", range(1, n_layers))
-    hidden = table[(table.what == "hidden") & table.example.isin(table[table.what == "cumulative"].example)]
+    steps = _picked(rows, "cumulative")
+    cumulative = _per_example(steps, "relative", range(1, n_layers))
+    hidden = _picked(rows, "hidden")
+    hidden = hidden[hidden.example.isin(steps.example)]
     from_start = np.concatenate([hidden.set_index("example").relative.loc[cumulative.index].to_numpy()[:, None], cumulative], 1)
     cutoff = cutoff_layer(from_start, tolerance, plan.seed) if len(from_start) else None
     return {
@@ -34,40 +37,52 @@ def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Sum
         "skipped": [f"{row.example}: {row.text}" for row in skipped.itertuples()],
         "baseline_accuracy": float(answers.correct.mean()),
         "baseline_interval": wilson(int(answers.correct.sum()), len(answers)),
-        "first_token_accuracy": _share(table, "intact token"),
-        "no_image_accuracy": _share(table, "no-image token"),
-        "hidden_image_accuracy": _share(table, "hidden-image token"),
-        "empty_knockout_max_change": float(table[table.what == "empty"][["logit", "log_prob"]].abs().max().max()),
+        "first_token_accuracy": _share(rows, "intact token"),
+        "no_image_accuracy": _share(rows, "no-image token"),
+        "hidden_image_accuracy": _share(rows, "hidden-image token"),
+        "empty_knockout_max_change": float(_picked(rows, "empty")[["logit", "log_prob"]].abs().max().max()),
         "cutoff_layer": cutoff.layer if cutoff else None,
         "cutoff_interval": [cutoff.low, cutoff.high] if cutoff else None,
         "cutoff_tolerance": tolerance,
         "swept": "answered correctly" if plan.only_correct else "(right and wrong answers alike)",
         "window": plan.width, "default_window": default_window(n_layers), "n_layers": n_layers,
-        "flows": {name: _flow(table, "flow", name, plan, n_layers) for name in plan.flows if _has(table, "flow", name)},
-        "controls": {
-            name: _flow(table, "control", name, plan, n_layers) for name in sorted(set(table[table.what == "control"].flow))
-        },
+        "flows": {name: _flow(rows, "flow", name, plan, n_layers) for name in plan.flows if name in _names(rows, "flow", "flow")},
+        "controls": {name: _flow(rows, "control", name, plan, n_layers) for name in _names(rows, "control", "flow")},
         "cumulative": _curve(from_start, list(range(n_layers))) if len(from_start) else None,
         "lens": {
-            word: _curve(_per_example(table[(table.what == "lens") & (table.word == word)], "prob", range(n_layers)), list(range(n_layers)))
-            for word in sorted(set(table[table.what == "lens"].word))
+            word: _curve(_per_example(_picked(rows, "lens", word=word), "prob", range(n_layers)), list(range(n_layers)))
+            for word in _names(rows, "lens", "word")
         },
         "rows": {
             group: {
-                field: _curve(_per_example(table[(table.what == "row") & (table.flow == group)], field, range(n_layers)), list(range(n_layers)))
+                field: _curve(_per_example(_picked(rows, "row", flow=group), field, range(n_layers)), list(range(n_layers)))
                 for field in ("entropy", "sink")
             }
-            for group in sorted(set(table[table.what == "row"].flow))
+            for group in _names(rows, "row", "flow")
         },
     }  # fmt: skip
 
 
-def _has(table: Table, what: str, flow: str) -> bool:
-    return bool(((table.what == what) & (table.flow == flow)).any())
+def _filtered(rows: pa.Table, what: str, where: dict[str, str], columns: Sequence[str] | None = None) -> pa.Table:
+    wanted = {"what": what, **where}
+    kept = reduce(pc.and_, (pc.equal(rows[column], value) for column, value in wanted.items()))
+    return (rows if columns is None else rows.select(columns)).filter(kept)
 
 
-def _share(table: Table, what: str) -> float:
-    return float(table[table.what == what].correct.mean())
+def _picked(rows: pa.Table, what: str, **where: str) -> Table:
+    """The rows of one sort alone: all of them as one frame would be the largest thing that the study holds."""
+    table = _filtered(rows, what, where).to_pandas()
+    words = table.select_dtypes("category").columns
+    return table.astype(dict.fromkeys(words, object))  # a category would bring every example into each pivot
+
+
+def _names(rows: pa.Table, what: str, column: str) -> list[str]:
+    """The values that a column has in the rows of one sort, sorted."""
+    return sorted(name for name in pc.unique(_filtered(rows, what, {}, [column])[column]).to_pylist() if name is not None)
+
+
+def _share(rows: pa.Table, what: str) -> float:
+    return float(_picked(rows, what).correct.mean())
 
 
 def _per_example(table: Table, field: str, layers: range) -> Table:
@@ -86,9 +101,9 @@ def _curve(values: Table | np.ndarray, layers: list[int]) -> dict[str, Any]:
     }
 
 
-def _flow(table: Table, what: str, name: str, plan: Any, n_layers: int) -> dict[str, Any]:
+def _flow(rows: pa.Table, what: str, name: str, plan: Any, n_layers: int) -> dict[str, Any]:
     """One flow: its curve, the other metrics, soft flow, and how well soft predicts causal, layer by layer."""
-    own = table[(table.what == what) & (table.flow == name)]
+    own = _picked(rows, what, flow=name)
     layers = list(range(n_layers))
     made = _curve(_per_example(own, "relative", range(n_layers)), layers)
     made["median"] = np.nanmedian(_per_example(own, "relative", range(n_layers)), axis=0).tolist()
@@ -99,7 +114,7 @@ def _flow(table: Table, what: str, name: str, plan: Any, n_layers: int) -> dict[
     made["metrics"] = {
         field: _curve(_per_example(own, field, range(n_layers)), layers) for field in METRICS if field != "relative"
     }
-    masses = table[(table.what == "mass") & (table.flow == name)]
+    masses = _picked(rows, "mass", flow=name)
     if len(masses):
         soft = _per_example(masses, "mass", range(n_layers))
         made["mass"] = soft.mean().tolist()

@@ -11,13 +11,14 @@ import pyarrow as pa
 from PIL import Image
 
 from probe.example import Example
+from probe.generation import Generation, trace_generation
 from probe.media import Clip, Wave
 from probe.plots import look as plots
 from probe.plots import media as film
-from probe.recorders import Lens, Mass, Rows
+from probe.recorders import Lens, Mass, Recorder, Rows
 from probe.subject import Opened, Subject
 from probe.tokens import Grid, TokenMap
-from probe.tracing import Trace, trace
+from probe.tracing import Trace
 from studies.run import Run
 from studies.study import describe
 
@@ -33,10 +34,10 @@ Drawn = tuple[Any, Any, str]  # for paper, for a page, and a sentence
 def look(subject: Subject, example: Example, out: Path | None, max_new_tokens: int = 32) -> dict[str, Any]:
     """Traces one example and writes a Run with its figures; the summary has `run answer n_positions segments`."""
     encoded = subject.encode(example)
-    answer = subject.generate(encoded, max_new_tokens)[0]
     token_map = encoded.maps[0]
-    crossing = token_map.crossed is not None
-    found = trace(subject, encoded, [Mass(rows=("last",)), Rows("last", cross=crossing), Lens(top=5)])
+    record: list[Recorder] = [Mass(rows=("last",)), Rows("last", cross=token_map.crossed is not None), Lens(top=5)]
+    made = trace_generation(subject, encoded, record, max_new_tokens=max_new_tokens)
+    found, answer = made.steps[0], made.texts[0]
     media = subject.open_media(example)
     asked = {
         "prompt": example.prompt, "suffix": example.suffix, "images": [_identity(image) for image in media.pictures],
@@ -45,11 +46,12 @@ def look(subject: Subject, example: Example, out: Path | None, max_new_tokens: i
     }  # fmt: skip
     run = Run.open(out, "trace", asked, describe(subject), SCHEMA)
     with run.recorded():
-        run.write("all", _rows(subject, found, token_map))
+        run.write("all", [*_rows(subject, found, token_map), *_written_rows(subject, made)])
         lines = ["# One question, looked at", "", f"> {example.prompt}", "", f"`{subject.name}` answers **{answer}**.", ""]
         lines += _unknown_words(subject, token_map)
         lines += [f"{note[0].upper()}{note[1:]}.\n" for note in encoded.notes]
         lines += _figures(run, subject, media, found, token_map)
+        lines += _written(run, subject, made)
         spans = [{"segment": name, "start": start, "stop": stop} for name, start, stop in token_map.spans()]
         summary = {"run": str(run.folder), "answer": answer, "n_positions": len(token_map), "segments": spans}
         run.finish(summary, "\n".join(lines) + "\n")
@@ -133,6 +135,43 @@ def _figures(run: Run, subject: Subject, media: Opened, found: Trace, token_map:
     add("lens", plots.lens_figure(words, probs), plots.lens_page(words, probs),
         "The logit lens: what the final norm and the unembedding make of each layer at the last position.")  # fmt: skip
     return lines
+
+
+SHOWN = 24  # written tokens that one figure has room for
+
+
+def _words(subject: Subject, made: Generation) -> list[str]:
+    return [_printable(subject.tokenizer.decode([int(token)])) for token in made.tokens[0] if token >= 0]
+
+
+def _written_rows(subject: Subject, made: Generation) -> list[dict[str, Any]]:
+    """For each written token, what its position looked at in each layer, heads averaged."""
+    mass = made["mass"]
+    shares = mass.tensor[:, :, 0].mean(2)[:, :, 0]  # step layer group
+    return [
+        {"what": "written", "position": step, "text": word, "layer": layer, "group": group, "value": float(shares[step, i, j])}
+        for step, word in enumerate(_words(subject, made))
+        for i, layer in enumerate(mass.labels["layer"]) for j, group in enumerate(mass.labels["column_group"])
+    ]  # fmt: skip
+
+
+def _written(run: Run, subject: Subject, made: Generation) -> list[str]:
+    """The answer, token by token."""
+    words = _words(subject, made)[:SHOWN]
+    mass = made["mass"].tensor[: len(words), :, 0].mean((1, 2))[:, 0].numpy()  # step group
+    groups = made["mass"].labels["column_group"]
+    ids, probs = (made[f"lens_top_{name}"].tensor[: len(words), :, 0, 0, 0].T for name in ("ids", "probs"))
+    grid = [[_printable(subject.tokenizer.decode([int(token)])) for token in layer] for layer in ids]
+    run.figure(
+        "answer", plots.answer_figure(words, mass, groups, grid, probs.numpy()),
+        plots.answer_page(words, mass, groups, grid, probs.numpy()),
+    )  # fmt: skip
+    cut = "" if len(words) == len(_words(subject, made)) else f" (the first {SHOWN} tokens)"
+    return [
+        "![answer](figures/answer.png)", "",
+        f"The answer token by token{cut}: below, what each layer would have written there; above, what the position that writes the "
+        f"token looks at, heads and layers averaged.", "",
+    ]  # fmt: skip
 
 
 def _printable(token: str) -> str:

@@ -24,6 +24,7 @@ class Row:
     adds: tuple[tuple[str, str], ...] = ()  # (point, norm): what a block adds is the output of this norm of the layer
     connector: str | None = None  # its dotted path, where two modules could be it
     always_shown: bool = False  # without a picture its prompt has no form that it was trained on
+    answer_type: int = 0  # the token_type_ids of what is written after the prompt
     needs: str = ""  # what the family's pictures and sounds need that is not installed, if anything
 
 
@@ -44,7 +45,7 @@ ROWS: dict[str, Row] = {
     "qwen2_audio": Row("Qwen2-Audio", sounds="whisper"),
     "voxtral": Row("Voxtral", needs="transformers' VoxtralProcessor with mistral-common"),
     "internvl": Row("InternVL", "thumbnail_last"),
-    "paligemma": Row("PaliGemma", "plain", places="first", always_shown=True),
+    "paligemma": Row("PaliGemma", "plain", places="first", always_shown=True, answer_type=1),
     "gemma3": Row("Gemma 3", "pooled", mark="boi_token"),
     "gemma4": Row("Gemma 4", "listed"),
     "idefics3": Row("Idefics3", "named_tiles"),

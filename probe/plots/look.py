@@ -144,6 +144,54 @@ def lens_page(words: Sequence[Sequence[str]], probs: np.ndarray) -> Any:
     return figure
 
 
+def answer_figure(
+    written: Sequence[str], mass: np.ndarray, groups: Sequence[str], words: Sequence[Sequence[str]], probs: np.ndarray
+) -> Any:
+    """An answer token by token: what each position looks at (step group), and the lens's first word (layer step) (matplotlib)."""
+    with styled() as figure_class:
+        layers, steps = probs.shape
+        figure = figure_class(figsize=(max(4.4, 0.85 * steps + 2.0), 1.5 + 0.26 * layers + 1.0))
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 0.26 * layers + 0.4])
+        base = np.zeros(steps)
+        for index, name in enumerate(groups):
+            above.bar(range(steps), mass[:, index], bottom=base, color=_SEGMENT_COLOURS[name], label=name, width=0.8)
+            base += mass[:, index]
+        above.set(title="The answer, token by token", ylabel="share of attention", ylim=(0, 1))
+        above.grid(False)
+        above.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        below.imshow(probs, aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower")
+        for layer in range(layers):
+            for step in range(steps):
+                colour = "white" if probs[layer, step] > 0.55 else "#222222"
+                word = words[layer][step]
+                shown = word if len(word) <= 9 else word[:8] + "\N{HORIZONTAL ELLIPSIS}"
+                below.text(step, layer, shown, ha="center", va="center", fontsize=7, parse_math=False, color=colour)
+        below.set(ylabel="layer", xlabel="token written", yticks=ticks(list(range(layers))), xticks=range(steps))
+        below.set_xticklabels(written, rotation=0 if steps <= 12 else 45, parse_math=False)
+        below.grid(False)
+    return figure
+
+
+def answer_page(
+    written: Sequence[str], mass: np.ndarray, groups: Sequence[str], words: Sequence[Sequence[str]], probs: np.ndarray
+) -> Any:
+    """The same as a plotly page."""
+    from plotly.subplots import make_subplots
+
+    labels = [f"{step + 1}. {word}" for step, word in enumerate(written)]  # a word may be written twice
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.35, 0.65], vertical_spacing=0.05)
+    for index, name in enumerate(groups):
+        figure.add_bar(
+            x=labels, y=mass[:, index], name=name, marker_color=_SEGMENT_COLOURS[name], hovertemplate="%{y:.3f}", row=1, col=1
+        )
+    figure.add_heatmap(
+        x=labels, y=list(range(len(probs))), z=probs, text=words, texttemplate="%{text}", colorscale="Blues", zmin=0, zmax=1,
+        showscale=False, hovertemplate="layer %{y}: %{text} %{z:.2f}<extra></extra>", row=2, col=1,
+    )  # fmt: skip
+    figure.update_yaxes(title_text="share of attention", row=1, col=1).update_yaxes(title_text="layer", row=2, col=1)
+    return figure.update_layout(**{**LAYOUT, "hovermode": "closest"}, barmode="stack", height=280 + 30 * len(probs))
+
+
 def tokens_figure(spans: Sequence[tuple[str, int, int]]) -> Any:
     """How the positions of a prompt lie: one bar, a colour for each segment (matplotlib)."""
     with styled() as figure_class:

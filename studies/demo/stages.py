@@ -49,10 +49,14 @@ STAGES: dict[str, tuple[Stage, ...]] = {
             "frozen", 1800, 1e-3, (("picture", 1.0),), questions=8, short_until=0.0, presence=1.0, tower_steps=2800, align=1.0,
             odd=0.35,
         ),
+        Stage(
+            "frozen-polish", 1000, 7e-4, (("picture", 1.0),), (*HARD, *["count"] * 3), questions=8, short_until=0.0,
+            presence=0.3, odd=0.12,
+        ),
     ),
     "joint": (
         Stage(
-            "joint", 1700, 7e-4, (("picture", 0.8), ("text", 0.15), ("nothing", 0.05)), HARD, questions=8, short_until=0.0,
+            "joint", 1300, 7e-4, (("picture", 0.8), ("text", 0.15), ("nothing", 0.05)), HARD, questions=8, short_until=0.0,
             presence=0.3, mentions=0.3, odd=0.35,
         ),
         Stage(

@@ -14,8 +14,10 @@ from probe.anatomy import ROWS
 from probe.anatomy.rows import row_of
 from probe.anatomy.support import PATH, markdown, support
 from probe.errors import SightlineError
+from probe.generation import trace_generation
 from probe.tracing import last_logits
 from tests import toys
+from tests.oracles.generation import in_one_pass
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Check = Callable[[Subject], None]
@@ -108,7 +110,18 @@ def lens(subject: Subject) -> None:
 
 
 def generates(subject: Subject) -> None:
-    assert len(subject.generate(toys.questions(subject), 3)) == 2
+    """Token by token with a cache, the picture hidden from what writes: the numbers of one full pass."""
+    config = subject.model.generation_config
+    config.eos_token_id = None
+    config.suppress_tokens = [subject.tokenizer.convert_tokens_to_ids(mark) for mark in subject.marks.values()]
+    examples = toys.questions(subject)
+    told = subject.generate(examples, 3)
+    record = [Mass(("last",)), Rows("last"), Lens(top=1)]
+    edits = [Knockout("last", "media")] if any(subject.encode(e).maps[0].reach("media") for e in examples) else []
+    assert list(trace_generation(subject, examples, record, max_new_tokens=3).texts) == told
+    made = trace_generation(subject, examples, record, edits, 3)
+    for name, expected in in_one_pass(subject, made, record, edits).items():
+        torch.testing.assert_close(made[name].tensor, expected, atol=2e-5, rtol=0)
 
 
 def batches(subject: Subject) -> None:

@@ -35,7 +35,7 @@ def test_what_is_shown_gets_its_figure(toy, tmp_path, media, family, figure, kin
     subject = toy(family)
     summary = look(subject, Example("a", "what color is the ball ?", **media[family]), tmp_path / "run", 3)
     figures = tmp_path / "run" / "figures"
-    assert {path.stem for path in figures.iterdir()} == {"tokens", figure, "mass", "lens"}
+    assert {path.stem for path in figures.iterdir()} == {"tokens", figure, "mass", "lens", "answer"}
     drawn = np.asarray(Image.open(figures / f"{figure}.png").convert("RGB"))
     assert drawn.std() > 20
     assert f"figures/{figure}.png" in (tmp_path / "run" / "report.md").read_text()
@@ -44,3 +44,6 @@ def test_what_is_shown_gets_its_figure(toy, tmp_path, media, family, figure, kin
     mass = rows[rows.what == "mass"].groupby(["layer", "head"]).value.sum()
     assert len(mass) == subject.n_layers * subject.n_heads
     np.testing.assert_allclose(mass, 1.0, atol=1e-4)
+    written = rows[rows.what == "written"].groupby(["position", "layer"]).value.sum()
+    assert 1 <= len(set(written.index.get_level_values("position"))) <= 3
+    np.testing.assert_allclose(written, 1.0, atol=1e-4)
