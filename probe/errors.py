@@ -9,6 +9,7 @@ SightlineError
 ├── BackendError   (RuntimeError) a library that cannot read what was asked for
 ├── ReplayError    (RuntimeError) a sweep that cannot be replayed exactly
 ├── DataError      (ValueError)   a data set with a defect
+├── StoreError     (OSError)      recorded tensors that cannot be written or read back
 ├── StudyError     (ValueError)   a study asked for something that it does not have
 └── RunError       (OSError)      a run directory that cannot be written or continued
 """
@@ -48,6 +49,10 @@ class ReplayError(SightlineError, RuntimeError):
 
 class DataError(SightlineError, ValueError):
     """A data set has a defect."""
+
+
+class StoreError(SightlineError, OSError):
+    """Recorded tensors cannot be written, or are not where the index says, or would not fit."""
 
 
 class StudyError(SightlineError, ValueError):

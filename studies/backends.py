@@ -1,31 +1,40 @@
 """What does it cost to read the same points through nnsight or TransformerLens?
 
 Everything is measured side by side in one process on a LLaVA-shaped model with random weights, taking turns: the plain SDPA
-forward, and for each backend a trace of one quantity in every layer. What a backend does before its pass (a copy of the
-model's structure, for TransformerLens a bridge around it) is part of its time.
+forward, for each backend a trace of one quantity in every layer, and what transformers itself gives with eager attention. What a
+backend does before its pass (a copy of the model's structure, for TransformerLens a bridge around it) is part of its time. Beside
+it stands what a store makes of full residuals, next to a plain safetensors file of the same bytes.
 """
 
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from probe.backends import BACKENDS
 from probe.errors import StudyError
-from probe.recorders import Recorder, Residual, Rows
+from probe.recorders import Mass, Recorder, Residual, Rows
+from probe.store import Store, StoreWriter
 from probe.subject import Encoded, Subject
 from probe.tracing import Trace, last_logits, trace
 from studies.run import Run
-from studies.speed import SCHEMA, interleaved, paired, peak_memory
+from studies.speed import SCHEMA, eager_forward, interleaved, paired, peak_memory
 from studies.study import Summary, study
 
 QUANTITIES: dict[str, Recorder] = {
-    "resid_post": Residual("resid_post"), "attn_out": Residual("attn_out"), "mlp_out": Residual("mlp_out"), "rows": Rows("last"),
+    "resid_post": Residual("resid_post"), "resid_post, mean": Residual("resid_post", reduce="mean"),
+    "attn_out": Residual("attn_out"), "mlp_out": Residual("mlp_out"), "rows": Rows("last"), "mass": Mass(),
 }  # fmt: skip
 NAMES = ("hooks", *BACKENDS)
+EAGER = {"resid_post": "hidden_states", "rows": "attentions"}  # what transformers returns by itself
+WRITES = 8  # traces that a store takes in
 
 
 @study
@@ -48,8 +57,8 @@ def backends(
 ) -> Summary:
     """What does it cost to read the same points through nnsight or TransformerLens?
 
-    The sizes are those of the study `speed`. Each backend records `resid_post`, `attn_out` and `mlp_out` at every position and
-    the attention `rows` of the last one, in all layers.
+    The sizes are those of the study `speed`. Each backend records `resid_post`, `attn_out` and `mlp_out` at every position, the mean
+    of `resid_post`, the attention `rows` of the last position and the group masses, in all layers.
     """
     from studies.speed_model import example, llava_shaped
 
@@ -72,11 +81,14 @@ def backends(
                 "memory_over_forward": peaks[f"{backend} {quantity}"] / max(1, peaks["forward"]),
                 "max_difference": _difference(timed, backend, quantity),
             }
-            for quantity in QUANTITIES
+            for quantity in (EAGER if backend == "eager" else QUANTITIES)
         }
-        for backend in NAMES
+        for backend in (*NAMES, "eager")
     }
-    summary: Summary = {"run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes, "backends": found}
+    stored = _stored(subject, encoded, rounds, target, quiet)
+    seconds |= stored
+    summary: Summary = {"run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes, "backends": found,
+                        "store_over_plain_write": 1 / paired(stored, "store", "plain write")}  # fmt: skip
     rows = [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
     run.write("all", rows + [{"what": f"peak {name}", "bytes": float(count)} for name, count in peaks.items()])
     run.finish(summary, _report(summary))
@@ -90,24 +102,72 @@ def _candidates(subject: Subject, encoded: Encoded) -> dict[str, Callable[[], An
     for backend in NAMES:
         for quantity, recorder in QUANTITIES.items():
             timed[f"{backend} {quantity}"] = partial(trace, subject, encoded, [recorder], backend=backend)
+    for quantity, output in EAGER.items():
+        timed[f"eager {quantity}"] = partial(eager_forward, subject, encoded, output)
     return timed
+
+
+def _stored(subject: Subject, encoded: Encoded, rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
+    """Seconds of writing the same traces of full residuals through a store, and as one plain safetensors file, on one disk."""
+    states = [trace(subject, encoded, [Residual("resid_post")]) for _ in range(WRITES)]
+    traces = [_under(found, f"{i}") for i, found in enumerate(states)]
+    plain = {f"{i}": found["states"].tensor for i, found in enumerate(traces)}
+
+    def store(folder: Path) -> None:
+        with StoreWriter(folder, {}) as writer:
+            for found in traces:
+                writer.add(found)
+        assert Store(folder).n_bytes > sum(tensor.nbytes for tensor in plain.values())
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        save_file(plain, folder / "plain.safetensors")
+        with (folder / "plain.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
+
+    with TemporaryDirectory() as place:
+        turns = iter(range(10**6))
+        timed: dict[str, Callable[[], Any]] = {
+            "store": lambda: store(Path(place) / str(next(turns))), "plain write": lambda: write(Path(place) / str(next(turns))),
+        }  # fmt: skip
+        return interleaved(timed, rounds, device, quiet)
+
+
+def _under(found: Trace, name: str) -> Trace:
+    """The trace as one of an example of another name."""
+    example = replace(found.encoded.examples[0], id=name)
+    return replace(found, encoded=replace(found.encoded, examples=(example,)))
 
 
 def _difference(timed: dict[str, Callable[[], Any]], backend: str, quantity: str) -> float:
     """The largest difference of what was recorded from what the hooks record, and of the logits from the plain forward's."""
+    if backend == "eager":
+        return _eager_difference(timed, quantity)
     found: Trace = timed[f"{backend} {quantity}"]()
-    name = "rows" if quantity == "rows" else "states"
+    name = quantity if quantity in ("rows", "mass") else "states"
     recorded = found[name].tensor.float() - timed[f"hooks {quantity}"]()[name].tensor.float()
     return float(max(recorded.abs().max(), (found.logits - timed["forward"]()).abs().max()))
 
 
+def _eager_difference(timed: dict[str, Callable[[], Any]], quantity: str) -> float:
+    found = timed[f"eager {quantity}"]()
+    hooks: Trace = timed[f"hooks {quantity}"]()
+    if quantity == "rows":
+        expected, returned = hooks["rows"].tensor[:, :, :, 0], [layer[:, :, -1] for layer in found]
+    else:  # transformers' last hidden state has been through the final norm
+        expected, returned = hooks["states"].tensor[:-1], list(found[1:-1])
+    return float((torch.stack(returned).float().cpu() - expected.float()).abs().max())
+
+
 def _table(summary: Summary) -> str:
     head = f"{summary['n_positions']} positions, {summary['layers']} layers, width {summary['width']}, {summary['dtype']} on {summary['device']}"
-    lines = [head, f"{'':<30}{'time / forward':>16}{'memory / forward':>18}{'max difference':>16}"]
+    lines = [head, f"{'':<36}{'time / forward':>16}{'memory / forward':>18}{'max difference':>16}"]
     for backend, quantities in summary["backends"].items():
         for quantity, found in quantities.items():
             time, memory, gap = (found[key] for key in ("time_over_forward", "memory_over_forward", "max_difference"))
-            lines.append(f"{backend:<18}{quantity:<12}{time:>16.2f}{memory:>18.2f}{gap:>16.1e}")
+            lines.append(f"{backend:<17} {quantity:<18}{time:>16.2f}{memory:>18.2f}{gap:>16.1e}")
+    rate = summary["store_over_plain_write"]
+    lines.append(f"full residuals into a store: {rate:.2f} of the rate of a plain safetensors file (goal: at least 0.8)")
     return "\n".join(lines)
 
 

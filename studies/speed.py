@@ -80,7 +80,7 @@ def speed(
     timed: dict[str, Callable[[], Any]] = {
         "forward": lambda: last_logits(subject, encoded),
         "trace": lambda: trace(subject, encoded, recorders),
-        "eager": lambda: _eager(subject, encoded),
+        "eager": lambda: eager_forward(subject, encoded, "attentions"),
         "sweep": lambda: sweep(subject, encoded, entries),
     }
     seconds = interleaved(timed, rounds, target, quiet)
@@ -98,14 +98,15 @@ def speed(
     return summary
 
 
-def _eager(subject: Subject, encoded: Encoded) -> Any:
-    """What everybody else does: eager attention that returns every pattern."""
+def eager_forward(subject: Subject, encoded: Encoded, output: str) -> Any:
+    """What everybody else does: eager attention that returns every pattern (`attentions`), or every `hidden_states`."""
     config = subject.decoder.config
     before = config._attn_implementation
     config._attn_implementation_internal = "eager"
     try:
         with torch.no_grad():
-            return subject.model(**encoded.inputs, use_cache=False, output_attentions=True, logits_to_keep=1).attentions
+            asked = {"output_attentions": output == "attentions", "output_hidden_states": output == "hidden_states"}
+            return subject.model(**encoded.inputs, use_cache=False, logits_to_keep=1, **asked)[output]
     finally:
         config._attn_implementation_internal = before
 

@@ -38,7 +38,7 @@ def test_every_error_has_a_page():
     found = [
         name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.SightlineError)
     ]
-    assert len(found) == 11
+    assert len(found) == 12
     for name in found:
         if name != "SightlineError":
             page = TEXT[ROOT / "docs/errors" / f"{name}.md"]
@@ -52,7 +52,7 @@ def test_every_family_is_in_the_readme():
 
 
 def test_public_names_are_importable_and_lazy():
-    assert len(probe.__all__) == 22
+    assert len(probe.__all__) == 24
     for name in probe.__all__:
         assert getattr(probe, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -69,7 +69,7 @@ def test_every_python_example_runs(page, code, tmp_path, monkeypatch):
 
 def test_there_are_examples():
     assert {page for page, _ in EXAMPLES} == {
-        "README.md", "docs/studies/backends.md", "docs/studies/information-flow.md", "docs/tokens.md",
+        "README.md", "docs/studies/backends.md", "docs/studies/information-flow.md", "docs/tokens.md", "docs/tracing.md",
     }  # fmt: skip
 
 

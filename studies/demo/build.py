@@ -210,6 +210,8 @@ def llava(vocabulary: int, image_token_id: int) -> LlavaForConditionalGeneration
             text_config=text_config(vocabulary),
             image_token_index=image_token_id,
             vision_feature_layer=-1,
+            # A linear connector, as the first LLaVA's: combinations that training never shows stay sums of their parts.
+            projector_hidden_act="linear",
         )
     )
     tower = model.model.vision_tower
@@ -227,7 +229,7 @@ def llava_next_video(eyes: LlavaForConditionalGeneration, video_token_id: int) -
         LlavaNextVideoConfig(
             vision_config=_eyes(), text_config=text_config(words.vocab_size),
             image_token_index=eyes.config.image_token_id, video_token_index=video_token_id,
-            vision_feature_layer=-1, image_grid_pinpoints=[[INPUT, INPUT]],
+            vision_feature_layer=-1, image_grid_pinpoints=[[INPUT, INPUT]], projector_hidden_act=eyes.config.projector_hidden_act,
         )
     )  # fmt: skip
     for part in ("vision_tower", "multi_modal_projector"):

@@ -7,6 +7,10 @@ from studies.demo.batches import Telling
 
 ALL_KINDS = tuple(world.ASKERS)
 HARD = (*world.PICTURE_KINDS, "compare", "compare", "thing")  # what is learned last is asked more often
+# What a frozen language model is slow to do with what it is shown, asked more often.
+SEEING = (
+    "color", "exist", "place", *["thing"] * 3, *["count"] * 3, *["relation"] * 2, *["compare"] * 3,
+)  # fmt: skip
 BINDING = ("color", "thing", "place", "exist")
 
 
@@ -46,12 +50,12 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     ),
     "frozen": (
         Stage(
-            "frozen", 1800, 1e-3, (("picture", 1.0),), questions=8, short_until=0.0, presence=1.0, tower_steps=2800, align=1.0,
-            odd=0.35,
+            "frozen", 2300, 1.2e-3, (("picture", 1.0),), SEEING, questions=8, short_until=0.0, presence=0.6, tower_steps=2500,
+            align=0.6, odd=0.3, mentions=0.5,
         ),
         Stage(
-            "frozen-polish", 1000, 7e-4, (("picture", 1.0),), (*HARD, *["count"] * 3), questions=8, short_until=0.0,
-            presence=0.3, odd=0.12,
+            "frozen-polish", 600, 6e-4, (("picture", 1.0),), SEEING, questions=8, short_until=0.0, presence=0.6, odd=0.2,
+            mentions=0.5,
         ),
     ),
     "joint": (
