@@ -6,8 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from studies.demo.batches import Batch, Batcher, Diet, Telling
@@ -15,8 +17,13 @@ from studies.demo.pupil import Pupil, answer_loss, presence_loss
 from studies.demo.stages import BINDING, Stage
 
 
-def train(stage: Stage, pupil: Pupil, tokenizer: object, seed: int, device: torch.device) -> None:
-    """Runs one stage in place; prints the loss and held-out accuracy as it goes."""
+def train(
+    stage: Stage, pupil: Pupil, tokenizer: object, seed: int, device: torch.device, along: Path | None = None
+) -> None:  # fmt: skip
+    """Runs one stage in place; prints the loss and held-out accuracy as it goes.
+
+    What is being trained is saved into the folder `along` before the steps that the stage names.
+    """
     batcher = Batcher(tokenizer, seed)
     weights = [p for p in pupil.parameters() if p.requires_grad]
     decay = [p for p in weights if p.dim() >= 2]
@@ -28,6 +35,8 @@ def train(stage: Stage, pupil: Pupil, tokenizer: object, seed: int, device: torc
     start = time.time()
     batches = ahead(lambda step: batcher.draw(_diet(stage, step / stage.steps), _telling(batcher, stage)), stage.steps)
     for step, batch in enumerate(drawn.to(device) for drawn in batches):
+        if along is not None and step in stage.along:
+            save_trained(pupil, along / f"step-{step:05d}.safetensors")
         loss, total = losses(stage, pupil, batch)
         optimiser.zero_grad()
         total.backward()
@@ -42,6 +51,13 @@ def train(stage: Stage, pupil: Pupil, tokenizer: object, seed: int, device: torc
             shown = " ".join(f"{kind} {hits / n:.2f}" for kind, (hits, n) in report.items())
             minutes = (time.time() - start) / 60
             _say(f"{stage.name} {step + 1} loss {loss.item():.3f} of {total.item():.3f} {minutes:.1f} min | {shown}")
+
+
+def save_trained(pupil: Pupil, path: Path) -> None:
+    """The weights that training changes, in half precision: the rest is another model's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    changed = {name: p.detach().half().cpu() for name, p in pupil.model.named_parameters() if p.requires_grad}
+    save_file(changed, path)
 
 
 def losses(stage: Stage, pupil: Pupil, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class Stage:
     tower_rate: float = 1.5e-3  # the learning rate of those
     # weight of the auxiliary task that a position of each cell reads, inside the language model, like a phrase
     align: float = 0.0
+    along: tuple[int, ...] = ()  # steps before which what is being trained is saved, to see alignment grow
 
 
 # Each model's stages, one after the other; what holds last is polished on its own.
@@ -51,7 +52,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "frozen": (
         Stage(
             "frozen", 2300, 1.2e-3, (("picture", 1.0),), SEEING, questions=8, short_until=0.0, presence=0.6, tower_steps=2500,
-            align=0.6, odd=0.3, mentions=0.5,
+            align=0.6, odd=0.3, mentions=0.5, along=(0, 100, 250, 500, 1000, 1700),
         ),
         Stage(
             "frozen-polish", 600, 6e-4, (("picture", 1.0),), SEEING, questions=8, short_until=0.0, presence=0.6, odd=0.2,

@@ -57,7 +57,7 @@ def make(
             fit_facts(pupil, tokenizer, device, stage.moving, min(250, stage.steps))
         if stage.tower_steps:
             teach_tower(pupil, tokenizer, device, stage)
-        train(stage, pupil, tokenizer, seed + number, device)  # each stage draws scenes of its own
+        train(stage, pupil, tokenizer, seed + number, device, out / name / "along")  # each stage draws scenes of its own
     minutes = (time.time() - began) / 60 + (_card(out)[_card_name(name)]["minutes"] if go_on else 0.0)
     for layer in (layer for stack in stacks(model) for layer in stack):
         layer.__dict__.pop("forward", None)
