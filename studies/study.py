@@ -21,6 +21,10 @@ STUDIES: dict[str, tuple[str, str]] = {
     "information-flow": (
         "studies.information_flow", "Where, in which layers, does what the model saw reach its answer?",
     ),
+    "implicit-alignment": (
+        "studies.implicit_alignment",
+        "Are perceptual and textual tokens implicitly aligned inside the language model, and does that predict what it can do?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),
 }  # fmt: skip

@@ -66,3 +66,67 @@ def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(stats.spearmanr(a, b).statistic)
+
+
+def sign_flip(
+    differences: Float[np.ndarray, "example *rest"], seed: int = 0, flips: int = RESAMPLES
+) -> Float[np.ndarray, "*rest"]:
+    """One-sided p-values that paired differences are above zero: a permutation test that swaps the members of each pair.
+
+    The share of random sign patterns, the observed one among them, whose mean is as large; NaN with fewer than two examples.
+    """
+    flat = differences.reshape(len(differences), -1).astype(np.float64)
+    if len(flat) < 2:
+        return np.full(differences.shape[1:], np.nan)
+    rng = np.random.default_rng(seed)
+    observed, larger = flat.mean(0), np.ones(flat.shape[1])
+    for start in range(0, flips, BLOCK):
+        signs = rng.choice([-1.0, 1.0], size=(min(BLOCK, flips - start), len(flat)))
+        larger += (signs @ flat / len(flat) >= observed - 1e-12).sum(0)
+    return (larger / (flips + 1)).reshape(differences.shape[1:])
+
+
+def benjamini_hochberg(p: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """q-values of many tests: the least false discovery rate at which each would be called (Benjamini and Hochberg 1995).
+
+    NaN stays NaN and is no test.
+    """
+    known = ~np.isnan(p)
+    made = np.full(p.shape, np.nan)
+    if known.any():
+        made[known] = stats.false_discovery_control(p[known])
+    return made
+
+
+class Correlation(NamedTuple):
+    """A correlation over a few members, its 95 % bootstrap interval over them, and its permutation p-value (two-sided)."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def correlate(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], rank: bool = False, seed: int = 0) -> Correlation:
+    """Pearson's correlation (Spearman's with `rank`) of two series; all NaN where one is constant or shorter than four."""
+    if rank:
+        a, b = stats.rankdata(a), stats.rankdata(b)
+    n = len(a)
+    if n < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Correlation(float("nan"), float("nan"), float("nan"), float("nan"), n)
+    rng = np.random.default_rng(seed)
+    value = _pearson(a[None], b[None])[0]
+    again = rng.integers(0, n, (RESAMPLES, n))
+    drawn = _pearson(a[again], b[again])
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a resample of one member alone has no correlation
+    shuffled = _pearson(a[None], np.stack([b[rng.permutation(n)] for _ in range(RESAMPLES)]))
+    p = (1 + (np.abs(shuffled) >= abs(value) - 1e-12).sum()) / (RESAMPLES + 1)
+    return Correlation(float(value), float(low), float(high), float(p), n)
+
+
+def _pearson(a: Float[np.ndarray, "#any n"], b: Float[np.ndarray, "#any n"]) -> Float[np.ndarray, " _"]:
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return found

@@ -1,0 +1,409 @@
+"""Figures of implicit alignment. Each takes the summary of the study and gives the figure twice: for paper, and for a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from probe.plots.style import COLOURS, LAYOUT, band, styled, ticks
+
+Summary = Mapping[str, Any]
+Pair = tuple[Any, Any]
+TINT = {"image": COLOURS[0], "video": COLOURS[1], "audio": COLOURS[2], "text": COLOURS[3]}
+GREY = "#8A8A8A"
+PLANE_COLOURS = {"perceptual": COLOURS[0], "textual": COLOURS[1]}
+# (a line's name, its curve, colour, dashed)
+Line = tuple[str, Mapping[str, Any], str, bool]
+
+
+def _states(count: int) -> list[int]:
+    return list(range(count))
+
+
+def _panels(
+    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[float]], label: str, axis: str, share: bool = True
+) -> Pair:
+    """Panels of curves with bands side by side, and one legend below them all."""
+    return _panels_on_paper(panels, x, label, axis, share), _panels_on_page(panels, x, label, axis, share)
+
+
+def _panels_on_paper(
+    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[float]], label: str, axis: str, share: bool
+) -> Any:
+    with styled() as figure_class:
+        figure = figure_class(figsize=(max(4.2, 3.0 * len(panels) + 0.6), 3.4))
+        axes = figure.subplots(1, len(panels), sharey=share, squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        for place, (title, lines), at in zip(axes, panels, x, strict=True):
+            for name, curve, colour, dashed in lines:
+                mean = np.array(curve["mean"], dtype=float)
+                (drawn,) = place.plot(at, mean, color=colour, linestyle="--" if dashed else "-", marker="o", label=name)
+                if curve.get("low") is not None:
+                    place.fill_between(
+                        at,
+                        np.array(curve["low"], dtype=float),
+                        np.array(curve["high"], dtype=float),
+                        color=colour,
+                        alpha=0.15,
+                        linewidth=0,
+                    )
+                handles.setdefault(name, drawn)
+            place.set(title=title, xlabel=label)
+            place.set_xticks(ticks([int(value) for value in at]))
+        axes[0].set_ylabel(axis)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), handlelength=3.2
+        )
+    return figure
+
+
+def _panels_on_page(
+    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[float]], label: str, axis: str, share: bool
+) -> Any:
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _ in panels], shared_yaxes=share)
+    seen: set[str] = set()
+    for column, ((_, lines), at) in enumerate(zip(panels, x, strict=True), 1):
+        for name, curve, colour, dashed in lines:
+            figure.add_scatter(
+                x=list(at), y=curve["mean"], name=name, legendgroup=name, showlegend=name not in seen, mode="lines+markers",
+                line={"color": colour, "dash": "dash" if dashed else "solid"}, hovertemplate="%{y:.3f}", row=1, col=column,
+            )  # fmt: skip
+            if curve.get("low") is not None:
+                figure.add_scatter(
+                    x=[*at, *reversed(at)], y=[*curve["high"], *reversed(curve["low"])], fill="toself", fillcolor=band(colour, 0.15),
+                    line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name, row=1, col=column,
+                )  # fmt: skip
+            seen.add(name)
+    figure.update_xaxes(title_text=label).update_yaxes(title_text=axis, col=1)
+    return figure.update_layout(**LAYOUT, height=420, legend={"orientation": "h", "y": -0.25})
+
+
+def curves(summary: Summary) -> Pair:
+    """Matched beside unmatched similarity at each state, a panel for each modality."""
+    panels, x = [], []
+    for name, one in summary["modalities"].items():
+        found, lines = one["similar"]["avg"], []
+        lines.append(("an example's own words", found["matched"], COLOURS[0], False))
+        if found["unmatched"]["mean"] is not None:
+            lines.append(("the words of other examples", found["unmatched"], GREY, True))
+        if one["within"]["perceptual"] is not None:
+            lines.append(("perceptual tokens of other examples", {"mean": one["within"]["perceptual"]}, COLOURS[2], True))
+        panels.append((f"{_title(name)} (n = {one['n']})", lines))
+        x.append(_states(len(found["matched"]["mean"])))
+    return _panels(panels, x, "state (0 enters the model)", "cosine of mean tokens")
+
+
+def _title(name: str) -> str:
+    return {"image": "Pictures", "video": "Clips", "audio": "Sounds", "text": "Text twins"}.get(name, name)
+
+
+def sites(summary: Summary) -> Pair:
+    """Similarity inside the block by site, matched and unmatched, layers averaged."""
+    modalities = summary["modalities"]
+    names = [
+        site for site in next(iter(modalities.values()))["sites"] if any(one["sites"][site] for one in modalities.values())
+    ]
+    with styled() as figure_class:
+        figure = figure_class(figsize=(max(4.2, 3.0 * len(modalities) + 0.6), 3.3))
+        axes = figure.subplots(1, len(modalities), sharey=True, squeeze=False)[0]
+        for axis, (name, one) in zip(axes, modalities.items(), strict=True):
+            for pairing, colour, label in (
+                ("matched", COLOURS[0], "an example's own words"),
+                ("unmatched", GREY, "the words of other examples"),
+            ):
+                at = [i for i, site in enumerate(names) if one["sites"][site] and one["sites"][site][pairing]]
+                found = [one["sites"][names[i]][pairing] for i in at]
+                middle = np.array([f["value"] for f in found])
+                reach = np.abs(np.array([[f["low"], f["high"]] for f in found]).T.reshape(2, -1) - middle)
+                shift = -0.13 if pairing == "matched" else 0.13
+                axis.errorbar(np.array(at) + shift, middle, yerr=reach, fmt="o", color=colour, label=label, capsize=2)
+            axis.set(title=_title(name), xticks=range(len(names)), xlabel="site in the block")
+            axis.set_xticklabels(names)
+            axis.axhline(0, color="#888888", linewidth=0.8)
+        axes[0].set_ylabel("cosine of mean tokens")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure, _sites_page(modalities, names)
+
+
+def _sites_page(modalities: Mapping[str, Any], names: Sequence[str]) -> Any:
+    from plotly.subplots import make_subplots
+
+    page = make_subplots(rows=1, cols=len(modalities), subplot_titles=[_title(name) for name in modalities], shared_yaxes=True)
+    for column, one in enumerate(modalities.values(), 1):
+        for pairing, colour in (("matched", COLOURS[0]), ("unmatched", GREY)):
+            kept = [site for site in names if one["sites"][site] and one["sites"][site][pairing]]
+            found = [one["sites"][site][pairing] for site in kept]
+            page.add_scatter(
+                x=kept, y=[f["value"] for f in found], mode="markers", name=pairing, legendgroup=pairing, showlegend=column == 1,
+                marker={"color": colour, "size": 9}, error_y={
+                    "array": [f["high"] - f["value"] for f in found], "arrayminus": [f["value"] - f["low"] for f in found]
+                }, row=1, col=column,
+            )  # fmt: skip
+    page.update_yaxes(title_text="cosine of mean tokens", col=1)
+    return page.update_layout(**LAYOUT, height=420)
+
+
+def spaces(summary: Summary) -> Pair:
+    """Similarity of every kind of token with every other, over all pairs of examples, at the input, the middle and the end."""
+    found = summary["spaces"]
+    titles = [f"{name} (state {index})" for name, index in found["states"].items()]
+    return _heat(titles, list(found["tables"].values()), found["kinds"], (-1.0, 1.0), "RdBu_r", "cosine")
+
+
+def _heat(
+    titles: Sequence[str], tables: Sequence[Sequence[Sequence[float | None]]], kinds: Sequence[str], limits: tuple[float, float],
+    colours: str, label: str,
+) -> Pair:  # fmt: skip
+    values = [np.array(table, dtype=float) for table in tables]
+    size = len(kinds)
+    short = [kind.replace("perceptual", "tokens").replace("textual", "words") for kind in kinds]
+    with styled() as figure_class:
+        figure = figure_class(figsize=((0.42 * size + 0.9) * len(values) + 1.9, 0.42 * size + 1.9))
+        axes = figure.subplots(1, len(values), squeeze=False)[0]
+        for k, (axis, title, table) in enumerate(zip(axes, titles, values, strict=True)):
+            drawn = axis.imshow(table, vmin=limits[0], vmax=limits[1], cmap=colours)
+            for i in range(size):
+                for j in range(size):
+                    if np.isfinite(table[i, j]):
+                        dark = abs(table[i, j] - sum(limits) / 2) > 0.35 * (limits[1] - limits[0])
+                        axis.text(
+                            j,
+                            i,
+                            f"{table[i, j]:.2f}",
+                            ha="center",
+                            va="center",
+                            fontsize=6,
+                            color="white" if dark else "#222222",
+                        )
+            axis.set(title=title, xticks=range(size), yticks=range(size))
+            axis.set_xticklabels(short, rotation=90)
+            axis.set_yticklabels(short if k == 0 else [])
+            axis.grid(False)
+        figure.colorbar(drawn, ax=axes, shrink=0.8, label=label)
+    from plotly.subplots import make_subplots
+
+    page = make_subplots(rows=1, cols=len(values), subplot_titles=list(titles), shared_yaxes=True)
+    for column, table in enumerate(values, 1):
+        page.add_heatmap(
+            z=table, x=short, y=short, zmin=limits[0], zmax=limits[1], colorscale="RdBu_r" if "RdBu" in colours else "Blues",
+            texttemplate="%{z:.2f}", showscale=column == len(values), row=1, col=column,
+        )  # fmt: skip
+    page.update_yaxes(autorange="reversed")
+    return figure, page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=180 + 45 * size)
+
+
+def plane(summary: Summary) -> Pair:
+    """Mean tokens of every example in the plane, by PCA above and t-SNE below, at a few states: do the kinds lie apart?"""
+    kinds = [(name, side) for name in summary["modalities"] for side in ("perceptual", "textual")]
+    states = sorted({int(key.split("/")[1]) for one in summary["modalities"].values() for key in one["plane"]})
+    clouds = [_projected(summary, kinds, state) for state in states]
+    with styled() as figure_class:
+        figure = figure_class(figsize=(2.7 * len(states) + 0.4, 5.9))
+        axes = figure.subplots(2, len(states), squeeze=False)
+        for column, (state, cloud) in enumerate(zip(states, clouds, strict=True)):
+            for row, (way, points) in enumerate(cloud.items()):
+                axis = axes[row, column]
+                for kind in kinds:
+                    axis.scatter(*points[kind].T, s=7, **_mark(kind), label=_kind(kind), linewidths=0.6)
+                axis.set(title=f"state {state}" if row == 0 else "", xticks=[], yticks=[], ylabel=way if column == 0 else "")
+                axis.grid(False)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, markerscale=2)
+    return figure, _plane_page(clouds, states, kinds)
+
+
+def _kind(kind: tuple[str, str]) -> str:
+    return f"{kind[0]} {'tokens' if kind[1] == 'perceptual' else 'words'}"
+
+
+def _mark(kind: tuple[str, str]) -> dict[str, Any]:
+    colour = TINT.get(kind[0], GREY)
+    return (
+        {"color": colour, "marker": "o"}
+        if kind[1] == "perceptual"
+        else {"edgecolors": colour, "facecolors": "none", "marker": "s"}
+    )
+
+
+def _projected(summary: Summary, kinds: Sequence[tuple[str, str]], state: int) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    found = [np.array(summary["modalities"][name]["plane"][f"{side}/{state}"]) for name, side in kinds]
+    ends = np.cumsum([len(part) for part in found])
+    together = np.concatenate(found)
+    made = {"PCA": PCA(2, random_state=0).fit_transform(together)} if len(together) > 2 else {}
+    near = min(30.0, (len(together) - 1) / 3)
+    if near >= 2:
+        made["t-SNE"] = TSNE(2, perplexity=near, init="pca", random_state=0).fit_transform(together)
+    return {way: dict(zip(kinds, np.split(points, ends[:-1]), strict=True)) for way, points in made.items()}
+
+
+def _plane_page(clouds: Sequence[Mapping[str, Any]], states: Sequence[int], kinds: Sequence[tuple[str, str]]) -> Any:
+    from plotly.subplots import make_subplots
+
+    ways = list(clouds[0])
+    titles = [f"{way}, state {state}" for way in ways for state in states]
+    page = make_subplots(rows=len(ways), cols=len(states), subplot_titles=titles)
+    for column, cloud in enumerate(clouds, 1):
+        for row, way in enumerate(ways, 1):
+            for kind in kinds:
+                points = cloud[way][kind]
+                symbol = "circle" if kind[1] == "perceptual" else "square-open"
+                page.add_scatter(
+                    x=points[:, 0], y=points[:, 1], mode="markers", name=_kind(kind), legendgroup=_kind(kind), showlegend=row == column == 1,
+                    marker={"color": TINT.get(kind[0], GREY), "symbol": symbol, "size": 5}, row=row, col=column,
+                )  # fmt: skip
+    page.update_xaxes(visible=False).update_yaxes(visible=False)
+    return page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=340 * len(ways))
+
+
+def norms(summary: Summary) -> Pair:
+    """Left, the median norm of a token at each state; right, how like itself a token is one layer on."""
+    norm, drift = [], []
+    for name, one in summary["modalities"].items():
+        for side, dashed in (("perceptual", False), ("textual", True)):
+            label = f"{name} {'tokens' if side == 'perceptual' else 'words'}"
+            norm.append((label, one["norm"][side]["norm_median"], TINT.get(name, GREY), dashed))
+            if one["drift"][side]["1"]["mean"] is not None:
+                drift.append((label, one["drift"][side]["1"], TINT.get(name, GREY), dashed))
+    panels = [("Norms", norm), ("The same token, one layer on", drift)]
+    x = [_states(len(norm[0][1]["mean"])), _states(len(drift[0][1]["mean"]))]
+    figure, page = _panels(panels, x, "state (0 enters the model)", "median norm", share=False)
+    figure.axes[1].set_ylabel("cosine with itself")
+    page.update_yaxes(title_text="cosine with itself", col=2)
+    figure.set_size_inches(8.6, 3.9)
+    return figure, page
+
+
+def vocabulary(summary: Summary) -> Pair:
+    """What the unembedding makes of the two kinds of tokens: how far apart their words are, and how spread."""
+    apart, spread = [], []
+    for name, one in summary["modalities"].items():
+        colour, found = TINT.get(name, GREY), one["words"]
+        apart.append((f"{name}", found["same"]["js_of_means"], colour, False))
+        spread.append((f"{name}", found["same"]["entropy_p"], colour, False))
+        spread.append((f"{name}, its words", found["same"]["entropy_t"], colour, True))
+    states = next(iter(summary["modalities"].values()))["words"]["states"]
+    figure, page = _panels(
+        [("How unlike the words read off both sides are", apart), ("Entropy of a token's distribution", spread)],
+        [states, states], "state (0 enters the model)", "Jensen-Shannon divergence, nats", share=False,
+    )  # fmt: skip
+    figure.axes[1].set_ylabel("nats")
+    page.update_yaxes(title_text="nats", col=2)
+    figure.set_size_inches(8.6, 3.9)
+    return figure, page
+
+
+def weights(summary: Summary) -> Pair:
+    """Left, how far the subnetworks of two kinds of tokens overlap; right, the least and the mean overlap by layer, beside chance."""
+    found = summary["weights"]
+    curves_ = np.array(list(found["by_layer"].values()))
+    layers, kinds = found["layers"], found["kinds"]
+    table = np.array(found["table"], dtype=float)
+    short = [kind.replace("perceptual", "tokens").replace("textual", "words") for kind in kinds]
+    with styled() as figure_class:
+        figure = figure_class(figsize=(10.0, 0.42 * len(kinds) + 1.7))
+        left, right = figure.subplots(1, 2)
+        drawn = left.imshow(table, vmin=found["chance"], vmax=1, cmap="Blues")
+        for i in range(len(kinds)):
+            for j in range(len(kinds)):
+                if np.isfinite(table[i, j]):
+                    dark = table[i, j] > 0.4 * found["chance"] + 0.6
+                    left.text(
+                        j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "#222222"
+                    )
+        left.set(
+            title=f"Overlap of kept weights (chance {found['chance']:.2f})", xticks=range(len(kinds)), yticks=range(len(kinds))
+        )
+        left.set_xticklabels(short, rotation=90)
+        left.set_yticklabels(short)
+        left.grid(False)
+        figure.colorbar(drawn, ax=left, shrink=0.8, label="IoU")
+        right.plot(layers, curves_.mean(0), marker="o", color=COLOURS[0], label="mean over pairs of kinds")
+        right.plot(layers, curves_.min(0), marker="o", linestyle="--", color=COLOURS[1], label="least of them")
+        right.axhline(found["chance"], color="#555555", linewidth=1.0, linestyle=":", label="two random masks")
+        right.set(title="By layer", xlabel="layer", ylabel="IoU", xticks=ticks(layers), ylim=(0, 1.02))
+        right.legend(loc="lower right")
+    return figure, _weights_page(found, curves_, table, short)
+
+
+def _weights_page(found: Mapping[str, Any], curves_: np.ndarray, table: np.ndarray, short: Sequence[str]) -> Any:
+    from plotly.subplots import make_subplots
+
+    page = make_subplots(rows=1, cols=2, subplot_titles=["Overlap of kept weights", "By layer"])
+    page.add_heatmap(
+        z=table, x=list(short), y=list(short), colorscale="Blues", zmin=found["chance"], zmax=1, texttemplate="%{z:.2f}", showscale=False,
+        row=1, col=1,
+    )  # fmt: skip
+    for name, curve in zip(found["by_layer"], curves_, strict=True):
+        page.add_scatter(x=found["layers"], y=curve, name=name, row=1, col=2)
+    page.add_hline(y=found["chance"], line_dash="dot", annotation_text="two random masks", row=1, col=2)
+    page.update_yaxes(autorange="reversed", row=1, col=1)
+    return page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=460)
+
+
+def members(summary: Summary) -> Pair:
+    """The score of each model of a family beside what it can do: accuracy on top, invented things below."""
+    found = summary["members"]
+    skills = [
+        (s, t)
+        for s, t in (("accuracy", "questions answered"), ("hallucination", "absent things affirmed"))
+        if all(m.get(s) for m in found)
+    ]
+    readings = [("input", "tokens as they enter the model"), ("same", "tokens of the same layer")]
+    with styled() as figure_class:
+        figure = figure_class(figsize=(8.2, 3.1 * len(skills) + 0.5))
+        axes = figure.subplots(len(skills), 2, sharey="row", squeeze=False)
+        for row, (skill, title) in enumerate(skills):
+            for column, (reading, meant) in enumerate(readings):
+                _scatter(axes[row, column], found, reading, skill)
+                line = summary["correlation"][f"{reading} and {skill}"]
+                axes[row, column].set(
+                    title=_sentence(line),
+                    xlabel=f"IMA score: {meant}" if row == len(skills) - 1 else "",
+                    ylabel=title if column == 0 else "",
+                )
+    return figure, _members_page(found, skills, readings)
+
+
+def _sentence(line: Mapping[str, Any]) -> str:
+    if line["pearson"] is None:
+        return f"r: not defined (n = {line['n']})"
+    return f"r = {line['pearson']:.2f} [{line['low']:.2f}, {line['high']:.2f}], n = {line['n']}"
+
+
+def _scatter(axis: Any, found: Sequence[Mapping[str, Any]], reading: str, skill: str) -> None:
+    for i, member in enumerate(found):
+        x, y = member[reading], member[skill]
+        axis.errorbar(
+            x["value"], y["value"], xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
+            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]], fmt="o", color=COLOURS[0], ecolor="#BBBBBB", capsize=2,
+        )  # fmt: skip
+        up = 5 if i % 2 == 0 else -11  # neighbours' names do not meet
+        axis.annotate(
+            member["name"].removeprefix("demo:"),
+            (x["value"], y["value"]),
+            xytext=(5, up),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axis.margins(0.15)
+
+
+def _members_page(
+    found: Sequence[Mapping[str, Any]], skills: Sequence[tuple[str, str]], readings: Sequence[tuple[str, str]]
+) -> Any:
+    from plotly.subplots import make_subplots
+
+    page = make_subplots(rows=len(skills), cols=2, shared_yaxes=True)
+    for row, (skill, title) in enumerate(skills, 1):
+        for column, (reading, meant) in enumerate(readings, 1):
+            page.add_scatter(
+                x=[m[reading]["value"] for m in found], y=[m[skill]["value"] for m in found], text=[m["name"] for m in found], mode="markers+text",
+                textposition="top center", marker={"color": COLOURS[0], "size": 9}, showlegend=False, row=row, col=column,
+            )  # fmt: skip
+            page.update_xaxes(title_text=f"IMA score: {meant}", row=row, col=column)
+        page.update_yaxes(title_text=title, row=row, col=1)
+    return page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=380 * len(skills))

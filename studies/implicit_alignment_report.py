@@ -1,0 +1,318 @@
+"""The implicit-alignment study's numbers, figures and words, made from its records."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from probe.alignment import INTERVALS, SIDES
+from probe.analysis.alignment import MODES, NORMS, layers_for_vocabulary, mean_over_pairs, mean_over_unmatched
+from probe.analysis.overlap import chance_iou, iou, wanda_kept
+from probe.analysis.stats import benjamini_hochberg, bootstrap_mean, correlate, sign_flip
+from probe.calibration import linear_maps
+from probe.errors import DataError
+from probe.plots import alignment as plots
+from probe.sites import SITES
+from studies.implicit_alignment_words import report
+from studies.modalities import Part
+from studies.run import Run
+from studies.study import Summary
+
+if TYPE_CHECKING:
+    from probe.subject import Subject
+
+__all__ = ["figures", "report", "summarise"]
+SKILLS = ("accuracy", "existence", "hallucination")
+READINGS = ("input", "same")
+
+
+def summarise(rows: pa.Table, parts: Sequence[Part], sparsity: float, seed: int) -> Summary:
+    """Everything that the report says, as numbers. Raises DataError when no example of a modality could be used."""
+    found = {part.modality: _modality(_of(rows, modality=part.modality), part, seed) for part in parts}
+    first = found[parts[0].modality]
+    weights = _weights(rows, parts, sparsity)
+    members = _members(rows, seed)
+    return {
+        "run": "", "n": sum(one["n"] for one in found.values()),
+        "score": {name: one["score"] for name, one in found.items()},
+        "matched": first["similar"]["avg"]["matched"]["mean"], "unmatched": first["similar"]["avg"]["unmatched"]["mean"],
+        "p_value": first["similar"]["avg"]["p"],
+        "iou": weights["across"], "chance_iou": weights["chance"], "correlation": members["correlation"],
+        "modalities": found, "spaces": _spaces(rows, parts), "weights": weights, "members": members["members"],
+    }  # fmt: skip
+
+
+# --- one modality ----------------------------------------------------------------------------------------------------
+
+
+def _of(rows: pa.Table, **where: str) -> pa.Table:
+    for column, value in where.items():
+        rows = rows.filter(pc.equal(rows[column], value))
+    return rows
+
+
+def _curves(rows: pa.Table, what: str, key: str) -> np.ndarray:
+    """(example layer) of one curve, the examples in the order of the records; NaN where a layer has no such value."""
+    found = _of(rows, what=what, key=key)["values"].to_pylist()
+    return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64)
+
+
+def _curve(values: np.ndarray, seed: int) -> dict[str, Any]:
+    """Mean and interval over examples at each layer; None throughout where there are none."""
+    if not values.size:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    known = ~np.isnan(values).all(0)
+    made = {name: np.full(values.shape[1], np.nan) for name in ("mean", "low", "high")}
+    if known.any():
+        interval = bootstrap_mean(values[:, known], seed)
+        for name, side in zip(made, interval, strict=True):
+            made[name][known] = side
+    return {**{name: side.tolist() for name, side in made.items()}, "n": len(values)}
+
+
+def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
+    skipped = _of(rows, what="skipped")
+    matched = _curves(rows, "similar", "matched/avg")
+    if not matched.size:
+        reason = skipped["text"].to_pylist()[0] if len(skipped) else "the data set is empty"
+        raise DataError(f"none of the {len(part.data)} {part.modality} examples could be used; the first: {reason}")
+    similar = {mode: _paired(rows, "similar", mode, seed) for mode in MODES}
+    return {
+        "model": part.subject.name, "data": part.data.name, "n": len(matched), "n_skipped": len(skipped),
+        "skipped": [f"{e}: {t}" for e, t in zip(skipped["example"].to_pylist(), skipped["text"].to_pylist(), strict=True)],
+        "similar": similar, "score": _score(rows, seed),
+        "sites": {site: _site(rows, site, seed) for site in SITES},
+        "norm": {side: {kind: _curve(_curves(rows, "norm", f"{side}/{kind}"), seed) for kind in NORMS} for side in SIDES},
+        "drift": {
+            side: {str(n): _curve(_curves(rows, "drift", f"{side}/{n}/diag_mean"), seed) for n in INTERVALS} for side in SIDES
+        },
+        "words": {
+            "states": layers_for_vocabulary(part.subject.n_layers + 1),
+            **{
+                reading: {kind: _curve(_curves(rows, "words", f"{reading}/{kind}"), seed) for kind in _KINDS}
+                for reading in READINGS
+            },
+        },
+        "within": _within(rows),
+        "pairs": _pairs(rows, matched),
+        "plane": _plane(rows),
+    }  # fmt: skip
+
+
+_KINDS = ("kl_zipped", "kl_of_means", "js_of_means", "entropy_p", "entropy_t")
+
+
+def _paired(rows: pa.Table, what: str, key: str, seed: int) -> dict[str, Any]:
+    """Matched beside unmatched, their difference, and the test that it is above zero at each layer, with q-values over layers."""
+    matched, other = _curves(rows, what, f"matched/{key}"), _curves(rows, what, f"unmatched/{key}")
+    made = {"matched": _curve(matched, seed), "unmatched": _curve(other, seed)}
+    if other.shape != matched.shape:
+        return {**made, "gap": _curve(np.empty((0, 0)), seed), "p": None, "q": None}
+    p = sign_flip(matched - other, seed)
+    return {**made, "gap": _curve(matched - other, seed), "p": p.tolist(), "q": benjamini_hochberg(p).tolist()}
+
+
+def _score(rows: pa.Table, seed: int) -> dict[str, Any]:
+    """Both readings of the score: the perceptual side as it enters the model, or at the same layer as the words."""
+    made = {}
+    for reading, what, key in (("input", "from_input", ""), ("same", "similar", "/avg")):
+        found = {}
+        for pairing in ("matched", "unmatched"):
+            values = _curves(rows, what, pairing + key)
+            found[pairing] = _number(np.nanmean(values, 1), seed) if values.size else None
+        made[reading] = {**found["matched"], "unmatched": found["unmatched"]}  # type: ignore[dict-item]
+    return made
+
+
+def _number(values: np.ndarray, seed: int) -> dict[str, Any]:
+    found = bootstrap_mean(values, seed)
+    return {"value": float(found.value), "low": float(found.low), "high": float(found.high), "n": len(values)}
+
+
+def _site(rows: pa.Table, site: str, seed: int) -> dict[str, Any] | None:
+    """A site's similarity averaged over the layers that have it, with the gap to unmatched pairs; None where no layer has it."""
+    matched, other = _curves(rows, "site", f"matched/{site}"), _curves(rows, "site", f"unmatched/{site}")
+    known = ~np.isnan(matched).all(0) if matched.size else np.zeros(0, bool)
+    if not known.any():
+        return None
+    own = matched[:, known].mean(1)
+    made: dict[str, Any] = {
+        "matched": _number(own, seed),
+        "layers": np.nonzero(known)[0].tolist(),
+        "unmatched": None,
+        "gap": None,
+    }
+    if other.shape == matched.shape:
+        theirs = other[:, known].mean(1)
+        made |= {"unmatched": _number(theirs, seed), "gap": _number(own - theirs, seed)}
+    return made
+
+
+# --- over pairs of examples, from sums ---------------------------------------------------------------------------------
+
+
+def _sums(rows: pa.Table, side: str, half: int | None = None) -> tuple[np.ndarray, int]:
+    """The sum of unit mean states (state width) of one side, and of how many examples."""
+    keys = [f"{side}/{half}"] if half is not None else [f"{side}/0", f"{side}/1"]
+    total, count = None, 0
+    for key in keys:
+        own = _of(rows, what="sum", key=key)
+        for vector, n in zip(own["vector"], own["n"].to_pylist(), strict=True):
+            found = vector.values.to_numpy().astype(np.float64)
+            total, count = found if total is None else total + found, count + n
+    states = len(_of(rows, what="similar", key="matched/avg")["values"][0])
+    return (np.zeros((states, 1)) if total is None else total.reshape(states, -1)), count
+
+
+def _within(rows: pa.Table) -> dict[str, list[float] | None]:
+    """How like tokens of one side are over different examples: even against odd ones."""
+    made: dict[str, list[float] | None] = {}
+    for side in SIDES:
+        (a, n), (b, m) = _sums(rows, side, 0), _sums(rows, side, 1)
+        made[side] = mean_over_pairs(torch.tensor(a), torch.tensor(b), n, m).tolist() if n and m else None
+    return made
+
+
+def _pairs(rows: pa.Table, matched: np.ndarray) -> dict[str, list[float] | None]:
+    """The published reading: the mean over every pair of examples, matched or not; and over the unmatched ones alone."""
+    (p, n), (t, _) = _sums(rows, "perceptual"), _sums(rows, "textual")
+    everything = mean_over_pairs(torch.tensor(p), torch.tensor(t), n, n).tolist()
+    if n < 2:
+        return {"all": everything, "unmatched": None}
+    others = mean_over_unmatched(torch.tensor(p), torch.tensor(t), torch.tensor(matched.sum(0)), n)
+    return {"all": everything, "unmatched": others.tolist()}
+
+
+def _plane(rows: pa.Table) -> dict[str, list[list[float]]]:
+    """Unit mean states of each side at a few states, an example after the other."""
+    keys = sorted(set(_of(rows, what="plane")["key"].to_pylist()))
+    return {
+        key: [v.values.to_numpy().astype(np.float64).tolist() for v in _of(rows, what="plane", key=key)["vector"]]
+        for key in keys
+    }
+
+
+def _spaces(rows: pa.Table, parts: Sequence[Part]) -> dict[str, Any]:
+    """Similarity of every kind of token with every other over all pairs of examples, at the input, the middle and the end."""
+    kinds = [(part.modality, side) for part in parts for side in SIDES]
+    own = {part.modality: _of(rows, modality=part.modality) for part in parts}
+    sums = {kind: _sums(own[kind[0]], kind[1]) for kind in kinds}
+    states = len(next(iter(sums.values()))[0])
+    chosen = {"input": 0, "middle": states // 2, "end": states - 1}
+    tables = {}
+    for name, index in chosen.items():
+        table = np.full((len(kinds), len(kinds)), np.nan)
+        for i, a in enumerate(kinds):
+            for j, b in enumerate(kinds):
+                if i == j:
+                    within = _within(own[a[0]])[a[1]]
+                    table[i, j] = np.nan if within is None else within[index]
+                else:
+                    (x, n), (y, m) = sums[a], sums[b]
+                    table[i, j] = float(mean_over_pairs(torch.tensor(x[index]), torch.tensor(y[index]), n, m))
+        tables[name] = table.tolist()
+    return {"kinds": [f"{modality} {side}" for modality, side in kinds], "states": chosen, "tables": tables}
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(rows: pa.Table, parts: Sequence[Part], sparsity: float) -> dict[str, Any]:
+    """IoU of the subnetworks that each kind of token asks for, by layer and by type of matrix, beside chance."""
+    squares = {(part.modality, side): _squares(_of(rows, modality=part.modality), side) for part in parts for side in SIDES}
+    kinds = [kind for kind, found in squares.items() if found]
+    pairs = list(combinations(range(len(kinds)), 2))
+    by_layer: dict[int, dict[tuple[int, int], list[float]]] = {}
+    by_type: dict[str, list[float]] = {}
+    maps = _with_inputs(parts[0].subject, [squares[kind] for kind in kinds])
+    for name, weight, inputs in maps:
+        layer, kind = int(name.split(".")[0]), name.split(".")[-1]
+        kept = [wanda_kept(weight, found.to(weight.device), sparsity) for found in inputs]
+        for i, j in pairs:
+            value = iou(kept[i], kept[j])
+            by_layer.setdefault(layer, {}).setdefault((i, j), []).append(value)
+            if kinds[i][1] != kinds[j][1]:
+                by_type.setdefault(kind, []).append(value)
+    layers = sorted(by_layer)
+    curves = {pair: [float(np.mean(by_layer[layer][pair])) for layer in layers] for pair in pairs if layers}
+    table = np.full((len(kinds), len(kinds)), np.nan)
+    for (i, j), curve in curves.items():
+        table[i, j] = table[j, i] = float(np.mean(curve))
+    across = [value for (i, j), curve in curves.items() if kinds[i][1] != kinds[j][1] for value in [np.mean(curve)]]
+    return {
+        "kinds": [f"{modality} {side}" for modality, side in kinds], "table": table.tolist(), "layers": layers,
+        "by_layer": {f"{kinds[i][0]} {kinds[i][1]} and {kinds[j][0]} {kinds[j][1]}": curve for (i, j), curve in curves.items()},
+        "least_by_layer": [min(curve[k] for curve in curves.values()) for k in range(len(layers))] if curves else [],
+        "by_type": {kind: float(np.mean(values)) for kind, values in by_type.items()},
+        "across": float(np.mean(across)) if across else None, "sparsity": sparsity, "chance": chance_iou(sparsity),
+        "n_matrices": len(maps),
+    }  # fmt: skip
+
+
+def _squares(rows: pa.Table, side: str) -> dict[str, torch.Tensor]:
+    found: dict[str, np.ndarray] = {}
+    own = _of(rows, what="squares")
+    for key, vector in zip(own["key"].to_pylist(), own["vector"], strict=True):
+        kind, name = key.split("/", 1)
+        if kind == side:
+            values = vector.values.to_numpy().astype(np.float64)
+            found[name] = values if name not in found else found[name] + values
+    return {name: torch.tensor(values) for name, values in found.items()}
+
+
+def _with_inputs(
+    subject: "Subject", squares: Sequence[dict[str, torch.Tensor]]
+) -> list[tuple[str, torch.Tensor, list[torch.Tensor]]]:
+    """Each linear map with what entered it, for each kind of tokens; maps that share an input share its sum."""
+    made, last = [], ""
+    for name, module in linear_maps(subject):
+        if all(name in found for found in squares):
+            last = name
+        same = last.split(".")[0] == name.split(".")[0] and squares and len(squares[0].get(last, [])) == module.in_features
+        if same:
+            made.append((name, module.weight.detach(), [found[last] for found in squares]))
+    return made
+
+
+# --- a family --------------------------------------------------------------------------------------------------------
+
+
+def _members(rows: pa.Table, seed: int) -> Summary:
+    """Each member's scores and skills, and their correlation over the family."""
+    own = _of(rows, what="member")
+    names = list(dict.fromkeys(own["example"].to_pylist()))
+    members = []
+    for name in names:
+        found = _of(own, example=name)
+        values = dict(zip(found["key"].to_pylist(), found["values"].to_pylist(), strict=True))
+        members.append({"name": name, **{key: _number(np.array(v), seed) if v else None for key, v in values.items()}})
+    correlation: dict[str, Any] = {}
+    for reading in READINGS:
+        for skill in SKILLS:
+            pairs = [(m[reading]["value"], m[skill]["value"]) for m in members if m.get(reading) and m.get(skill)]
+            a, b = (np.array(side) for side in zip(*pairs, strict=True)) if pairs else (np.empty(0), np.empty(0))
+            pearson, ranks = correlate(a, b, seed=seed), correlate(a, b, rank=True, seed=seed)
+            correlation[f"{reading} and {skill}"] = {
+                "pearson": pearson.value, "low": pearson.low, "high": pearson.high, "p_value": pearson.p, "n": pearson.n,
+                "spearman": ranks.value, "spearman_low": ranks.low, "spearman_high": ranks.high,
+            }  # fmt: skip
+    return {"members": members, "correlation": correlation if members else None}
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def figures(run: Run, summary: Summary) -> None:
+    """The figures of a run; those about what it does not have are left out."""
+    drawn = [("alignment", plots.curves), ("inside-the-block", plots.sites), ("spaces", plots.spaces), ("plane", plots.plane),
+             ("norms-and-drift", plots.norms), ("vocabulary", plots.vocabulary)]  # fmt: skip
+    if summary["weights"]["n_matrices"]:
+        drawn.append(("weights", plots.weights))
+    if len(summary["members"]) > 1:
+        drawn.append(("score-and-skill", plots.members))
+    for name, draw in drawn:
+        run.figure(name, *draw(summary))

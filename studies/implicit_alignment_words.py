@@ -1,0 +1,195 @@
+"""The report of the implicit-alignment study: the paper's findings one by one, each held against the numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from studies.study import Setting, Summary
+
+FINDINGS = (
+    "Perceptual and textual tokens live in different spaces",
+    "They use the same weights all the same",
+    "They are implicitly aligned, most inside the blocks",
+    "The score goes with task performance, and against hallucination",
+)
+LEVEL = 0.05
+
+
+def report(summary: Summary, setting: Setting) -> str:
+    """The report: a verdict on each finding, then the figures with what they show."""
+    shown = ", ".join(
+        f"{name} ({one['n']} examples of `{one['data']}` to `{one['model']}`)" for name, one in summary["modalities"].items()
+    )
+    lines = [
+        "# Implicit alignment", "",
+        "*Are perceptual and textual tokens implicitly aligned inside the language model, and does that predict what it can do?* "
+        f"Shown: {shown}.", "",
+        *_skipped(summary),
+        "## The paper's findings (arXiv 2405.16700), here", "", "| finding | verdict | numbers |", "|---|---|---|",
+    ]  # fmt: skip
+    verdicts = [_spaces(summary), _weights(summary), _aligned(summary), _predicts(summary)]
+    lines += [
+        f"| {i}. {text} | **{verdict}** | {why} |"
+        for i, (text, (verdict, why)) in enumerate(zip(FINDINGS, verdicts, strict=True), 1)
+    ]
+    lines += ["", *_caveat(setting), *_figures(summary)]
+    return "\n".join(lines) + "\n"
+
+
+def _skipped(summary: Summary) -> list[str]:
+    lines = [
+        f"- {one['n_skipped']} {name} examples could not be used; the first: {one['skipped'][0]}"
+        for name, one in summary["modalities"].items() if one["n_skipped"]
+    ]  # fmt: skip
+    return [*lines, ""] if lines else []
+
+
+def _caveat(setting: Setting) -> list[str]:
+    if not setting.subject.name.startswith("demo"):
+        return []
+    return [
+        "The demo models were not left to align by themselves: while their towers learned, an auxiliary loss asked that a position be readable "
+        "like the end of a phrase after three layers of the frozen language model. Alignment from there on is a matter of training, "
+        "and only its course and what it goes with are findings.", "",
+    ]  # fmt: skip
+
+
+def _spaces(summary: Summary) -> tuple[str, str]:
+    """Is a token liker to its own kind (of other examples) than to an example's own words, at every state?"""
+    parts, all_hold, any_known = [], True, False
+    for name, one in summary["modalities"].items():
+        within, matched = one["within"], one["similar"]["avg"]["matched"]
+        if within["perceptual"] is None or within["textual"] is None or name == "text":
+            continue
+        any_known = True
+        apart = [high < min(p, t) for high, p, t in zip(matched["high"], within["perceptual"], within["textual"], strict=True)]
+        all_hold &= all(apart)
+        middle = len(apart) // 2
+        parts.append(
+            f"{name}: at {sum(apart)} of {len(apart)} states (state {middle}: cross {matched['mean'][middle]:.2f}, within "
+            f"{within['perceptual'][middle]:.2f} and {within['textual'][middle]:.2f})"
+        )
+    if not any_known:
+        return "not tested", "fewer than two examples of each modality"
+    return ("holds" if all_hold else "holds in part"), "nearer to their own kind than to the words: " + "; ".join(parts)
+
+
+def _weights(summary: Summary) -> tuple[str, str]:
+    found = summary["weights"]
+    if found["across"] is None:
+        return "not tested", "no linear map of the decoder was read"
+    least = min(found["least_by_layer"])
+    verdict = "holds" if least > found["chance"] else "does not hold here"
+    return verdict, (
+        f"IoU of the weights kept at {found['sparsity']:.0%} sparsity, perceptual against textual: {found['across']:.2f}; the least pair of any layer "
+        f"{least:.2f}; two random masks {found['chance']:.2f} ({found['n_matrices']} matrices)"
+    )
+
+
+def _aligned(summary: Summary) -> tuple[str, str]:
+    parts, hold = [], []
+    for name, one in summary["modalities"].items():
+        found = one["similar"]["avg"]
+        if found["q"] is None or name == "text":
+            continue
+        clear = [q is not None and q < LEVEL for q in found["q"]]
+        outside, inside = _best_sites(one["sites"])
+        more = inside is not None and outside is not None and inside[1] > outside[1]
+        hold.append(any(clear) and more)
+        gap = max((g for g in found["gap"]["mean"]), default=0.0)
+        where = (
+            ""
+            if inside is None or outside is None
+            else f"; inside at best {inside[1]:.2f} ({inside[0]}), on the residual stream {outside[1]:.2f} ({outside[0]})"
+        )
+        parts.append(
+            f"{name}: matched above unmatched at {sum(clear)} of {len(clear)} states (q < {LEVEL}), by at most {gap:.3f}{where}"
+        )
+    if not hold:
+        return "not tested", "there are no unmatched pairs to compare with"
+    return _verdict(hold), "; ".join(parts)
+
+
+def _best_sites(sites: Mapping[str, Any]) -> tuple[tuple[str, float] | None, tuple[str, float] | None]:
+    """The most similar site of the residual stream, and the most similar inside the block."""
+    known = {site: one["matched"]["value"] for site, one in sites.items() if one}
+    outside = {site: known[site] for site in ("in", "mid", "out") if site in known}
+    inside = {site: value for site, value in known.items() if site not in outside}
+    pick = lambda table: max(table.items(), key=lambda item: item[1]) if table else None  # noqa: E731
+    return pick(outside), pick(inside)
+
+
+def _predicts(summary: Summary) -> tuple[str, str]:
+    if not summary["correlation"]:
+        return "not tested", "no family of models was compared (--family)"
+    parts, hold = [], []
+    for skill, sign in (("accuracy", 1), ("hallucination", -1)):
+        for reading in ("input", "same"):
+            line = summary["correlation"][f"{reading} and {skill}"]
+            if line["pearson"] is None:
+                continue
+            bound = line["low"] if sign > 0 else -line["high"]
+            hold.append(bound > 0)
+            parts.append(
+                f"{skill} and the score ({reading}): r = {line['pearson']:.2f} [{line['low']:.2f}, {line['high']:.2f}], p = {line['p_value']:.3f}, n = {line['n']}"
+            )
+    if not hold:
+        return "not tested", "fewer than four models, or all alike"
+    return _verdict(hold), "; ".join(parts)
+
+
+def _verdict(hold: Sequence[bool]) -> str:
+    return "holds" if all(hold) else "holds in part" if any(hold) else "does not hold here"
+
+
+def _figures(summary: Summary) -> list[str]:
+    rows = [
+        f"| {name} | {_number(one['score']['input'])} | {_number(one['score']['input']['unmatched'])} | {_number(one['score']['same'])} | "
+        f"{_number(one['score']['same']['unmatched'])} |"
+        for name, one in summary["modalities"].items()
+    ]
+    lines = [
+        "## The score", "", "| modality | input reading | its unmatched pairs | same-layer reading | its unmatched pairs |", "|---|---|---|---|---|", *rows, "",
+        "The cosine of an example's mean perceptual token with the mean token of its words, averaged over states, with a 95 % bootstrap "
+        "interval over examples: the perceptual side as it enters the model (as the paper scores models), or at the same state as the words. "
+        "Raw cosines say little, since all states of a layer may point one way: read them beside the unmatched pairs.", "",
+        "![alignment](figures/alignment.png)", "",
+        "Bands are 95 % bootstrap intervals; unmatched pairs are an example's tokens with the words of a fixed few others.", "",
+        "## Inside the block", "", "![inside the block](figures/inside-the-block.png)", "",
+        "Sites in the order of the computation: what enters the block, the normed input of attention, what attention adds, the stream between, the "
+        "normed input of the feed-forward block, its inner activation, what it adds, what leaves. Layers averaged.", "",
+        "## The spaces", "", "![spaces](figures/spaces.png)", "",
+        "Mean cosine over every pair of examples (even against odd ones within a kind).", "", "![plane](figures/plane.png)", "",
+        "Unit mean tokens of every example; t-SNE's distances between groups mean nothing, its groups do.", "",
+        "## Norms and drift", "", "![norms and drift](figures/norms-and-drift.png)", "",
+        *_drift(summary),
+        "## Vocabulary distributions", "", "![vocabulary](figures/vocabulary.png)", "",
+        "Through the final norm and the unembedding. The summary also holds the KL between the k-th perceptual and the k-th textual token, as published, "
+        "with the perceptual side at the same layer and frozen at the input (what the published code computes).", "",
+    ]  # fmt: skip
+    if summary["weights"]["n_matrices"]:
+        lines += [
+            "## Weights", "", "![weights](figures/weights.png)", "",
+            "Each kind of token asks Wanda for the weights that it needs, in every output row of every matrix; all from the dense model's inputs, "
+            "without pruning layer after layer. By type of matrix, perceptual against textual: "
+            + ", ".join(f"{kind} {value:.2f}" for kind, value in summary["weights"]["by_type"].items()) + ".", "",
+        ]  # fmt: skip
+    if len(summary["members"]) > 1:
+        lines += [
+            "## Over a family of models", "", "![score and skill](figures/score-and-skill.png)", "",
+            "Each point is a model; its bars are intervals over examples, the interval of r is a bootstrap over models. Models that are steps of one "
+            "training are not independent of one another: what rises along training correlates with whatever else does.", "",
+        ]  # fmt: skip
+    return lines
+
+
+def _number(found: Mapping[str, Any] | None) -> str:
+    return "-" if found is None else f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _drift(summary: Summary) -> list[str]:
+    parts = []
+    for name, one in summary["modalities"].items():
+        p, t = (one["drift"][side]["1"]["mean"] for side in ("perceptual", "textual"))
+        if p and t:
+            parts.append(f"{name} {sum(p) / len(p):.2f} against {sum(t) / len(t):.2f} of its words")
+    return [f"A token's cosine with itself one layer on, averaged over layers: {'; '.join(parts)}.", ""] if parts else []
