@@ -25,9 +25,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## what tracing, replaying and the backends cost; BENCH="--layers 32 ..." and BACKENDS="..." for other sizes
+bench: $(VENV)/.installed  ## what tracing, replaying and the backends cost; BENCH="--layers 32 ..." and BACKENDS="...", ANALYSES="..." for other sizes
 	$(BIN)/sightline study speed $(BENCH)
 	$(BIN)/sightline study backends $(BACKENDS)
+	$(BIN)/sightline study analyses $(ANALYSES)
 
 support: $(VENV)/.installed  ## write the table of families from the contract tests
 	SIGHTLINE_WRITE_SUPPORT=1 $(BIN)/python -m pytest tests/probe/test_contract.py -q

@@ -36,18 +36,18 @@ def similarities(p: Float[Tensor, "p width"], t: Float[Tensor, "t width"]) -> di
     """
     p, t = p.float(), t.float()
     each = unit(p) @ unit(t).T
-    sorted_pairs = each.flatten().sort().values
+    best = each.amax(1)
     values = [
-        cosine(p.mean(0), t.mean(0)), cosine(trimmed(p).mean(0), t.mean(0)), sorted_pairs[-1], sorted_pairs[0],
-        each.mean(), _middle(sorted_pairs), each.amax(1).mean(),
+        cosine(p.mean(0), t.mean(0)), cosine(trimmed(p).mean(0), t.mean(0)), best.amax(), each.amin(), each.mean(),
+        _median(each.flatten()), best.mean(),
     ]  # fmt: skip
     return dict(zip(MODES, torch.stack(values).tolist(), strict=True))
 
 
 def diagonal(a: Float[Tensor, "token width"], b: Float[Tensor, "token width"]) -> dict[str, float]:
     """How like themselves tokens are at two layers: mean, median and maximum of each token's cosine with itself."""
-    each = (unit(a) * unit(b)).sum(-1).sort().values
-    return dict(zip(DIAGONAL, torch.stack([each.mean(), _middle(each), each[-1]]).tolist(), strict=True))
+    each = cosine(a, b)
+    return dict(zip(DIAGONAL, torch.stack([each.mean(), _median(each), each.amax()]).tolist(), strict=True))
 
 
 def cosine(a: Float[Tensor, "*a width"], b: Float[Tensor, "*b width"]) -> Float[Tensor, "*both"]:
@@ -57,15 +57,16 @@ def cosine(a: Float[Tensor, "*a width"], b: Float[Tensor, "*b width"]) -> Float[
 
 def norms(states: Float[Tensor, "token width"]) -> dict[str, float]:
     """The norm of the mean token, and the least, median and largest norm of a token."""
-    each = states.float().norm(dim=-1).sort().values
-    values = [states.float().mean(0).norm(), each[0], _middle(each), each[-1]]
+    each = states.float().norm(dim=-1)
+    values = [states.float().mean(0).norm(), each.amin(), _median(each), each.amax()]
     return dict(zip(NORMS, torch.stack(values).tolist(), strict=True))
 
 
-def _middle(ordered: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """The median of sorted values as NumPy has it: the mean of the middle two of an even number."""
-    n = len(ordered)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+def _median(values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """The median as NumPy has it: the mean of the middle two of an even number."""
+    n = len(values)
+    upper = values.kthvalue(n // 2 + 1).values
+    return upper if n % 2 else (values.kthvalue(n // 2).values + upper) / 2
 
 
 def mean_over_pairs(

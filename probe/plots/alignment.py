@@ -21,14 +21,14 @@ def _states(count: int) -> list[int]:
 
 
 def _panels(
-    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[float]], label: str, axis: str, share: bool = True
+    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool = True
 ) -> Pair:
     """Panels of curves with bands side by side, and one legend below them all."""
     return _panels_on_paper(panels, x, label, axis, share), _panels_on_page(panels, x, label, axis, share)
 
 
 def _panels_on_paper(
-    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[float]], label: str, axis: str, share: bool
+    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool
 ) -> Any:
     with styled() as figure_class:
         figure = figure_class(figsize=(max(4.2, 3.0 * len(panels) + 0.6), 3.4))
@@ -49,7 +49,7 @@ def _panels_on_paper(
                     )
                 handles.setdefault(name, drawn)
             place.set(title=title, xlabel=label)
-            place.set_xticks(ticks([int(value) for value in at]))
+            place.set_xticks(ticks(list(at)))
         axes[0].set_ylabel(axis)
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), handlelength=3.2
@@ -58,7 +58,7 @@ def _panels_on_paper(
 
 
 def _panels_on_page(
-    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[float]], label: str, axis: str, share: bool
+    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool
 ) -> Any:
     from plotly.subplots import make_subplots
 

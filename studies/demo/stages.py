@@ -61,16 +61,12 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     ),
     "joint": (
         Stage(
-            "joint", 1300, 7e-4, (("picture", 0.8), ("text", 0.15), ("nothing", 0.05)), HARD, questions=8, short_until=0.0,
-            presence=0.3, mentions=0.3, odd=0.35,
+            "joint", 1200, 1e-3, (("picture", 0.85), ("text", 0.1), ("nothing", 0.05)), (*SEEING, "thing"), questions=8,
+            short_until=0.0, presence=0.3, mentions=0.3, odd=0.3,
         ),
         Stage(
-            "joint-polish", 800, 5e-4, (("picture", 0.85), ("text", 0.1), ("nothing", 0.05)), (*HARD, *["count"] * 4),
-            questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.1,
-        ),
-        Stage(
-            "joint-polish-again", 650, 5e-4, (("picture", 0.85), ("text", 0.1), ("nothing", 0.05)), (*HARD, *["count"] * 4),
-            questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.1,
+            "joint-polish", 800, 6e-4, (("picture", 0.88), ("text", 0.07), ("nothing", 0.05)), (*SEEING, "thing", "count"),
+            questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.12,
         ),
     ),
     "video": (

@@ -1,5 +1,7 @@
 """Implicit alignment: the closed forms against loops, the sites against each other, a reading against hidden states."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -157,13 +159,11 @@ def test_a_reading_is_what_the_hidden_states_say(toy, family, side):
             np.testing.assert_allclose(reading.similar["matched"][mode], [e[mode] for e in expected], atol=2e-5)
         np.testing.assert_allclose(reading.from_input["matched"], [oracle.cos(p[0].mean(0), b.mean(0)) for b in t], atol=2e-5)
         others = [hidden(subject, e)[1] for e in [*more, examples[0]] if e.id != example.id]
-        unmatched = [
-            np.mean([oracle.cos(p[k].mean(0), o[k].mean(0)) for o in others]) for k in range(subject.n_layers + 1)
-        ]
+        unmatched = [np.mean([oracle.cos(p[k].mean(0), o[k].mean(0)) for o in others]) for k in range(subject.n_layers + 1)]
         np.testing.assert_allclose(reading.similar["unmatched"]["avg"], unmatched, atol=2e-5)
         pairs = [np.mean([oracle.every_pair(p[k], o[k]).max() for o in others[:2]]) for k in range(subject.n_layers + 1)]
         np.testing.assert_allclose(reading.similar["unmatched"]["max"], pairs, atol=2e-5)
-        one_on = [np.mean([oracle.cos(x, y) for x, y in zip(a, b, strict=True)]) for a, b in zip(p, p[1:], strict=False)]
+        one_on = [np.mean([oracle.cos(x, y) for x, y in zip(a, b, strict=True)]) for a, b in itertools.pairwise(p)]
         np.testing.assert_allclose(reading.drift["perceptual"][1]["diag_mean"], one_on, atol=2e-5)
         assert set(reading.drift["perceptual"]) == {n for n in INTERVALS if n <= subject.n_layers}
         assert len(reading.words["same"]["js_of_means"]) == len(ima.layers_for_vocabulary(subject.n_layers + 1))
@@ -204,7 +204,8 @@ def test_input_squares_are_those_of_the_inputs(toy):
     sides = [sides_of(m, e, "image") for m, e in zip(encoded.maps, examples, strict=True)]
     inputs = {}
     handles = [
-        m.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0].clone())) for n, m in linear_maps(subject)
+        m.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0].clone()))
+        for n, m in linear_maps(subject)
     ]
     with InputSquares(subject, [sides[0], None]) as squares:
         last_logits(subject, encoded)

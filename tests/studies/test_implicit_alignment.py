@@ -39,7 +39,9 @@ def test_it_says_what_was_asked(run):
     assert found["chance_iou"] == pytest.approx(1 / 3)
     assert found["chance_iou"] < found["iou"] < 1
     assert found["weights"]["n_matrices"] == 8 * 7
-    assert set(found["correlation"]) == {f"{r} and {s}" for r in ("input", "same") for s in ("accuracy", "existence", "hallucination")}
+    assert set(found["correlation"]) == {
+        f"{r} and {s}" for r in ("input", "same") for s in ("accuracy", "existence", "hallucination")
+    }
     assert found["correlation"]["same and accuracy"]["n"] == 4
     report = (folder / "report.md").read_text()
     assert all(f"| {i}. " in report for i in range(1, 5))
@@ -80,7 +82,9 @@ def test_it_runs_on_other_architectures(toy, tmp_path, family):
     examples = toys.pair(subject)
     data = Data("toys", tuple(examples), "t")
     if family == "mllama":  # its picture is not in the sequence: there are no perceptual tokens there
-        with pytest.raises(DataError, match="none of the 2 image examples could be used; the first: .* no tokens of the image"):
+        with pytest.raises(
+            DataError, match=r"none of the 2 image examples could be used; the first: .* no tokens of the image"
+        ):
             implicit_alignment(Setting(subject, data, tmp_path / "r"), family="none")
         return
     found = implicit_alignment(Setting(subject, data, tmp_path / "r"), family="none")

@@ -1,0 +1,107 @@
+"""What do the analyses cost, next to the forward passes that they read?
+
+Measured as the studies `speed` and `backends` are: side by side in one process, taking turns, on a LLaVA-shaped model with random
+weights. An analysis that reads one pass of each example should cost little more than that pass.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from probe.alignment import gather_anchors, read_alignment, sides_of
+from probe.analysis.alignment import mean_over_pairs, unit
+from probe.errors import StudyError
+from probe.tracing import last_logits
+from studies.run import Run
+from studies.speed import SCHEMA, interleaved, paired
+from studies.study import Summary, study
+
+EXAMPLES, WORDS = 200, 80  # of an implicit-alignment study: how many there are, and how many are read through the vocabulary
+GOALS = {
+    "alignment_over_forwards": (f"implicit alignment of {EXAMPLES} examples / {EXAMPLES} forwards", "at most 1.3"),
+    "pairs_speedup": (f"all pairs of {EXAMPLES} examples: double loop / closed form", "at least 100"),
+    "pairs_difference": ("  their largest difference", "at most 1e-6"),
+}  # fmt: skip
+
+
+@study
+def analyses(
+    *,
+    layers: int = 16,
+    width: int = 512,
+    heads: int = 8,
+    kv_heads: int = 8,
+    ffn: int = 1376,
+    vocabulary: int = 2000,
+    image_side: int = 24,
+    question: int = 24,
+    rounds: int = 5,
+    out: Path | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    quiet: bool = False,
+) -> Summary:
+    """What do the analyses cost, next to the forward passes that they read?
+
+    The sizes are those of the study `speed`.
+    """
+    from studies.speed_model import example, llava_shaped
+
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise StudyError(f"there is no dtype {dtype!r}: name float32, bfloat16 or float16")
+    kind = getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
+             "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
+    run = Run.open(out, "analyses", {**sizes, "rounds": rounds, "seed": seed}, {"name": "random"}, SCHEMA)
+    subject = llava_shaped(layers, width, heads, kv_heads, ffn, vocabulary, image_side, target, kind, seed)
+    asked = example(image_side, question)
+    encoded = subject.encode(asked)
+    others = [replace(asked, id=f"other {i}") for i in range(4)]
+    anchors = gather_anchors(subject, others, "image")
+    sides = [sides_of(encoded.maps[0], asked, "image")]
+    timed: dict[str, Callable[[], Any]] = {
+        "forward": lambda: last_logits(subject, encoded),
+        "alignment": lambda: read_alignment(subject, encoded, sides, anchors),
+        "alignment with words": lambda: read_alignment(subject, encoded, sides, anchors, words=True),
+    }
+    seconds = interleaved(timed, rounds, target, quiet)
+    rng = np.random.default_rng(seed)
+    a, b = (torch.tensor(rng.normal(size=(EXAMPLES, width)) + 0.3, dtype=torch.float32, device=target) for _ in range(2))
+    pairs = interleaved({"closed form": lambda: _closed(a, b), "double loop": lambda: _loop(a, b)}, 3, target, quiet)
+    seconds |= pairs
+    plain, words = (paired(seconds, name, "forward") for name in ("alignment", "alignment with words"))
+    summary: Summary = {
+        "run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes,
+        "alignment_over_forwards": ((EXAMPLES - WORDS) * plain + WORDS * words) / EXAMPLES,
+        "pairs_speedup": paired(pairs, "double loop", "closed form"), "pairs_difference": abs(_closed(a, b) - _loop(a, b)),
+    }  # fmt: skip
+    run.write(
+        "all", [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
+    )
+    run.finish(summary, f"# What the analyses cost\n\n```\n{_table(summary)}\n```\n")
+    if not quiet:
+        print(_table(summary), file=sys.stderr)
+    return summary
+
+
+def _closed(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(mean_over_pairs(unit(a).double().sum(0), unit(b).double().sum(0), len(a), len(b)))
+
+
+def _loop(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Every pair by itself, as the published code has it."""
+    rows, columns = a.double().cpu().numpy(), b.double().cpu().numpy()
+    lengths = np.linalg.norm(columns, axis=1)
+    return float(np.mean([[x @ y / (np.linalg.norm(x) * n) for y, n in zip(columns, lengths, strict=True)] for x in rows]))
+
+
+def _table(summary: Summary) -> str:
+    head = f"{summary['n_positions']} positions, {summary['layers']} layers, width {summary['width']}, {summary['dtype']} on {summary['device']}"
+    return "\n".join([head, *(f"{text:<56}{summary[key]:>12.3g}   {goal}" for key, (text, goal) in GOALS.items())])
