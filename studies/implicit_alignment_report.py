@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from probe.alignment import INTERVALS, SIDES
@@ -21,6 +20,7 @@ from studies.implicit_alignment_words import report
 from studies.modalities import Part
 from studies.run import Run
 from studies.study import Summary
+from studies.work import picked, skipped
 
 if TYPE_CHECKING:
     from probe.subject import Subject
@@ -32,7 +32,7 @@ READINGS = ("input", "same")
 
 def summarise(rows: pa.Table, parts: Sequence[Part], sparsity: float, seed: int) -> Summary:
     """Everything that the report says, as numbers. Raises DataError when no example of a modality could be used."""
-    found = {part.modality: _modality(_of(rows, modality=part.modality), part, seed) for part in parts}
+    found = {part.modality: _modality(picked(rows, modality=part.modality), part, seed) for part in parts}
     first = found[parts[0].modality]
     weights = _weights(rows, parts, sparsity)
     members = _members(rows, seed)
@@ -49,15 +49,9 @@ def summarise(rows: pa.Table, parts: Sequence[Part], sparsity: float, seed: int)
 # --- one modality ----------------------------------------------------------------------------------------------------
 
 
-def _of(rows: pa.Table, **where: str) -> pa.Table:
-    for column, value in where.items():
-        rows = rows.filter(pc.equal(rows[column], value))
-    return rows
-
-
 def _curves(rows: pa.Table, what: str, key: str) -> np.ndarray:
     """(example layer) of one curve, the examples in the order of the records; NaN where a layer has no such value."""
-    found = _of(rows, what=what, key=key)["values"].to_pylist()
+    found = picked(rows, what=what, key=key)["values"].to_pylist()
     return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64)
 
 
@@ -75,15 +69,14 @@ def _curve(values: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
-    skipped = _of(rows, what="skipped")
     matched = _curves(rows, "similar", "matched/avg")
     if not matched.size:
-        reason = skipped["text"].to_pylist()[0] if len(skipped) else "the data set is empty"
+        reason = next(iter(skipped(rows)), "the data set is empty")
         raise DataError(f"none of the {len(part.data)} {part.modality} examples could be used; the first: {reason}")
     similar = {mode: _paired(rows, "similar", mode, seed) for mode in MODES}
     return {
-        "model": part.subject.name, "data": part.data.name, "n": len(matched), "n_skipped": len(skipped),
-        "skipped": [f"{e}: {t}" for e, t in zip(skipped["example"].to_pylist(), skipped["text"].to_pylist(), strict=True)],
+        "model": part.subject.name, "data": part.data.name, "n": len(matched), "n_skipped": len(skipped(rows)),
+        "skipped": skipped(rows),
         "similar": similar, "score": _score(rows, seed),
         "sites": {site: _site(rows, site, seed) for site in SITES},
         "norm": {side: {kind: _curve(_curves(rows, "norm", f"{side}/{kind}"), seed) for kind in NORMS} for side in SIDES},
@@ -160,11 +153,11 @@ def _sums(rows: pa.Table, side: str, half: int | None = None) -> tuple[np.ndarra
     keys = [f"{side}/{half}"] if half is not None else [f"{side}/0", f"{side}/1"]
     total, count = None, 0
     for key in keys:
-        own = _of(rows, what="sum", key=key)
+        own = picked(rows, what="sum", key=key)
         for vector, n in zip(own["vector"], own["n"].to_pylist(), strict=True):
             found = vector.values.to_numpy().astype(np.float64)
             total, count = found if total is None else total + found, count + n
-    states = len(_of(rows, what="similar", key="matched/avg")["values"][0])
+    states = len(picked(rows, what="similar", key="matched/avg")["values"][0])
     return (np.zeros((states, 1)) if total is None else total.reshape(states, -1)), count
 
 
@@ -189,9 +182,9 @@ def _pairs(rows: pa.Table, matched: np.ndarray) -> dict[str, list[float] | None]
 
 def _plane(rows: pa.Table) -> dict[str, list[list[float]]]:
     """Unit mean states of each side at a few states, an example after the other."""
-    keys = sorted(set(_of(rows, what="plane")["key"].to_pylist()))
+    keys = sorted(set(picked(rows, what="plane")["key"].to_pylist()))
     return {
-        key: [v.values.to_numpy().astype(np.float64).tolist() for v in _of(rows, what="plane", key=key)["vector"]]
+        key: [v.values.to_numpy().astype(np.float64).tolist() for v in picked(rows, what="plane", key=key)["vector"]]
         for key in keys
     }
 
@@ -199,7 +192,7 @@ def _plane(rows: pa.Table) -> dict[str, list[list[float]]]:
 def _spaces(rows: pa.Table, parts: Sequence[Part]) -> dict[str, Any]:
     """Similarity of every kind of token with every other over all pairs of examples, at the input, the middle and the end."""
     kinds = [(part.modality, side) for part in parts for side in SIDES]
-    own = {part.modality: _of(rows, modality=part.modality) for part in parts}
+    own = {part.modality: picked(rows, modality=part.modality) for part in parts}
     sums = {kind: _sums(own[kind[0]], kind[1]) for kind in kinds}
     states = len(next(iter(sums.values()))[0])
     chosen = {"input": 0, "middle": states // 2, "end": states - 1}
@@ -223,7 +216,7 @@ def _spaces(rows: pa.Table, parts: Sequence[Part]) -> dict[str, Any]:
 
 def _weights(rows: pa.Table, parts: Sequence[Part], sparsity: float) -> dict[str, Any]:
     """IoU of the subnetworks that each kind of token asks for, by layer and by type of matrix, beside chance."""
-    squares = {(part.modality, side): _squares(_of(rows, modality=part.modality), side) for part in parts for side in SIDES}
+    squares = {(part.modality, side): _squares(picked(rows, modality=part.modality), side) for part in parts for side in SIDES}
     kinds = [kind for kind, found in squares.items() if found]
     pairs = list(combinations(range(len(kinds)), 2))
     by_layer: dict[int, dict[tuple[int, int], list[float]]] = {}
@@ -255,7 +248,7 @@ def _weights(rows: pa.Table, parts: Sequence[Part], sparsity: float) -> dict[str
 
 def _squares(rows: pa.Table, side: str) -> dict[str, torch.Tensor]:
     found: dict[str, np.ndarray] = {}
-    own = _of(rows, what="squares")
+    own = picked(rows, what="squares")
     for key, vector in zip(own["key"].to_pylist(), own["vector"], strict=True):
         kind, name = key.split("/", 1)
         if kind == side:
@@ -283,11 +276,11 @@ def _with_inputs(
 
 def _members(rows: pa.Table, seed: int) -> Summary:
     """Each member's scores and skills, and their correlation over the family."""
-    own = _of(rows, what="member")
+    own = picked(rows, what="member")
     names = list(dict.fromkeys(own["example"].to_pylist()))
     members = []
     for name in names:
-        found = _of(own, example=name)
+        found = picked(own, example=name)
         values = dict(zip(found["key"].to_pylist(), found["values"].to_pylist(), strict=True))
         members.append({"name": name, **{key: _number(np.array(v), seed) if v else None for key, v in values.items()}})
     correlation: dict[str, Any] = {}
@@ -308,7 +301,7 @@ def _members(rows: pa.Table, seed: int) -> Summary:
 
 def figures(run: Run, summary: Summary) -> None:
     """The figures of a run; those about what it does not have are left out."""
-    drawn = [("alignment", plots.curves), ("inside-the-block", plots.sites), ("spaces", plots.spaces), ("plane", plots.plane),
+    drawn = [("alignment", plots.similarity), ("inside-the-block", plots.sites), ("spaces", plots.spaces), ("plane", plots.plane),
              ("norms-and-drift", plots.norms), ("vocabulary", plots.vocabulary)]  # fmt: skip
     if summary["weights"]["n_matrices"]:
         drawn.append(("weights", plots.weights))

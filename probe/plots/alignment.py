@@ -5,84 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from probe.plots.style import COLOURS, LAYOUT, band, styled, ticks
+from probe.plots import panels
+from probe.plots.panels import GREY, Pair
+from probe.plots.style import COLOURS, LAYOUT, styled, ticks
 
 Summary = Mapping[str, Any]
-Pair = tuple[Any, Any]
 TINT = {"image": COLOURS[0], "video": COLOURS[1], "audio": COLOURS[2], "text": COLOURS[3]}
-GREY = "#8A8A8A"
 PLANE_COLOURS = {"perceptual": COLOURS[0], "textual": COLOURS[1]}
-# (a line's name, its curve, colour, dashed)
-Line = tuple[str, Mapping[str, Any], str, bool]
 
 
 def _states(count: int) -> list[int]:
     return list(range(count))
 
 
-def _panels(
-    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool = True
-) -> Pair:
-    """Panels of curves with bands side by side, and one legend below them all."""
-    return _panels_on_paper(panels, x, label, axis, share), _panels_on_page(panels, x, label, axis, share)
-
-
-def _panels_on_paper(
-    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool
-) -> Any:
-    with styled() as figure_class:
-        figure = figure_class(figsize=(max(4.2, 3.0 * len(panels) + 0.6), 3.4))
-        axes = figure.subplots(1, len(panels), sharey=share, squeeze=False)[0]
-        handles: dict[str, Any] = {}
-        for place, (title, lines), at in zip(axes, panels, x, strict=True):
-            for name, curve, colour, dashed in lines:
-                mean = np.array(curve["mean"], dtype=float)
-                (drawn,) = place.plot(at, mean, color=colour, linestyle="--" if dashed else "-", marker="o", label=name)
-                if curve.get("low") is not None:
-                    place.fill_between(
-                        at,
-                        np.array(curve["low"], dtype=float),
-                        np.array(curve["high"], dtype=float),
-                        color=colour,
-                        alpha=0.15,
-                        linewidth=0,
-                    )
-                handles.setdefault(name, drawn)
-            place.set(title=title, xlabel=label)
-            place.set_xticks(ticks(list(at)))
-        axes[0].set_ylabel(axis)
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), handlelength=3.2
-        )
-    return figure
-
-
-def _panels_on_page(
-    panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool
-) -> Any:
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=[title for title, _ in panels], shared_yaxes=share)
-    seen: set[str] = set()
-    for column, ((_, lines), at) in enumerate(zip(panels, x, strict=True), 1):
-        for name, curve, colour, dashed in lines:
-            figure.add_scatter(
-                x=list(at), y=curve["mean"], name=name, legendgroup=name, showlegend=name not in seen, mode="lines+markers",
-                line={"color": colour, "dash": "dash" if dashed else "solid"}, hovertemplate="%{y:.3f}", row=1, col=column,
-            )  # fmt: skip
-            if curve.get("low") is not None:
-                figure.add_scatter(
-                    x=[*at, *reversed(at)], y=[*curve["high"], *reversed(curve["low"])], fill="toself", fillcolor=band(colour, 0.15),
-                    line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name, row=1, col=column,
-                )  # fmt: skip
-            seen.add(name)
-    figure.update_xaxes(title_text=label).update_yaxes(title_text=axis, col=1)
-    return figure.update_layout(**LAYOUT, height=420, legend={"orientation": "h", "y": -0.25})
-
-
-def curves(summary: Summary) -> Pair:
+def similarity(summary: Summary) -> Pair:
     """Matched beside unmatched similarity at each state, a panel for each modality."""
-    panels, x = [], []
+    drawn, x = [], []
     for name, one in summary["modalities"].items():
         found, lines = one["similar"]["avg"], []
         lines.append(("an example's own words", found["matched"], COLOURS[0], False))
@@ -90,9 +28,9 @@ def curves(summary: Summary) -> Pair:
             lines.append(("the words of other examples", found["unmatched"], GREY, True))
         if one["within"]["perceptual"] is not None:
             lines.append(("perceptual tokens of other examples", {"mean": one["within"]["perceptual"]}, COLOURS[2], True))
-        panels.append((f"{_title(name)} (n = {one['n']})", lines))
+        drawn.append((f"{_title(name)} (n = {one['n']})", lines))
         x.append(_states(len(found["matched"]["mean"])))
-    return _panels(panels, x, "state (0 enters the model)", "cosine of mean tokens")
+    return panels.curves(drawn, x, "state (0 enters the model)", "cosine of mean tokens")
 
 
 def _title(name: str) -> str:
@@ -149,49 +87,12 @@ def spaces(summary: Summary) -> Pair:
     """Similarity of every kind of token with every other, over all pairs of examples, at the input, the middle and the end."""
     found = summary["spaces"]
     titles = [f"{name} (state {index})" for name, index in found["states"].items()]
-    return _heat(titles, list(found["tables"].values()), found["kinds"], (-1.0, 1.0), "RdBu_r", "cosine")
+    kinds = _short(found["kinds"])
+    return panels.tables(titles, list(found["tables"].values()), kinds, kinds, (-1.0, 1.0), "RdBu_r", "cosine")
 
 
-def _heat(
-    titles: Sequence[str], tables: Sequence[Sequence[Sequence[float | None]]], kinds: Sequence[str], limits: tuple[float, float],
-    colours: str, label: str,
-) -> Pair:  # fmt: skip
-    values = [np.array(table, dtype=float) for table in tables]
-    size = len(kinds)
-    short = [kind.replace("perceptual", "tokens").replace("textual", "words") for kind in kinds]
-    with styled() as figure_class:
-        figure = figure_class(figsize=((0.42 * size + 0.9) * len(values) + 1.9, 0.42 * size + 1.9))
-        axes = figure.subplots(1, len(values), squeeze=False)[0]
-        for k, (axis, title, table) in enumerate(zip(axes, titles, values, strict=True)):
-            drawn = axis.imshow(table, vmin=limits[0], vmax=limits[1], cmap=colours)
-            for i in range(size):
-                for j in range(size):
-                    if np.isfinite(table[i, j]):
-                        dark = abs(table[i, j] - sum(limits) / 2) > 0.35 * (limits[1] - limits[0])
-                        axis.text(
-                            j,
-                            i,
-                            f"{table[i, j]:.2f}",
-                            ha="center",
-                            va="center",
-                            fontsize=6,
-                            color="white" if dark else "#222222",
-                        )
-            axis.set(title=title, xticks=range(size), yticks=range(size))
-            axis.set_xticklabels(short, rotation=90)
-            axis.set_yticklabels(short if k == 0 else [])
-            axis.grid(False)
-        figure.colorbar(drawn, ax=axes, shrink=0.8, label=label)
-    from plotly.subplots import make_subplots
-
-    page = make_subplots(rows=1, cols=len(values), subplot_titles=list(titles), shared_yaxes=True)
-    for column, table in enumerate(values, 1):
-        page.add_heatmap(
-            z=table, x=short, y=short, zmin=limits[0], zmax=limits[1], colorscale="RdBu_r" if "RdBu" in colours else "Blues",
-            texttemplate="%{z:.2f}", showscale=column == len(values), row=1, col=column,
-        )  # fmt: skip
-    page.update_yaxes(autorange="reversed")
-    return figure, page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=180 + 45 * size)
+def _short(kinds: Sequence[str]) -> list[str]:
+    return [kind.replace("perceptual", "tokens").replace("textual", "words") for kind in kinds]
 
 
 def plane(summary: Summary) -> Pair:
@@ -268,9 +169,9 @@ def norms(summary: Summary) -> Pair:
             norm.append((label, one["norm"][side]["norm_median"], TINT.get(name, GREY), dashed))
             if one["drift"][side]["1"]["mean"] is not None:
                 drift.append((label, one["drift"][side]["1"], TINT.get(name, GREY), dashed))
-    panels = [("Norms", norm), ("The same token, one layer on", drift)]
+    drawn = [("Norms", norm), ("The same token, one layer on", drift)]
     x = [_states(len(norm[0][1]["mean"])), _states(len(drift[0][1]["mean"]))]
-    figure, page = _panels(panels, x, "state (0 enters the model)", "median norm", share=False)
+    figure, page = panels.curves(drawn, x, "state (0 enters the model)", "median norm", share=False)
     figure.axes[1].set_ylabel("cosine with itself")
     page.update_yaxes(title_text="cosine with itself", col=2)
     figure.set_size_inches(8.6, 3.9)
@@ -286,7 +187,7 @@ def vocabulary(summary: Summary) -> Pair:
         spread.append((f"{name}", found["same"]["entropy_p"], colour, False))
         spread.append((f"{name}, its words", found["same"]["entropy_t"], colour, True))
     states = next(iter(summary["modalities"].values()))["words"]["states"]
-    figure, page = _panels(
+    figure, page = panels.curves(
         [("How unlike the words read off both sides are", apart), ("Entropy of a token's distribution", spread)],
         [states, states], "state (0 enters the model)", "Jensen-Shannon divergence, nats", share=False,
     )  # fmt: skip
@@ -302,7 +203,7 @@ def weights(summary: Summary) -> Pair:
     curves_ = np.array(list(found["by_layer"].values()))
     layers, kinds = found["layers"], found["kinds"]
     table = np.array(found["table"], dtype=float)
-    short = [kind.replace("perceptual", "tokens").replace("textual", "words") for kind in kinds]
+    short = _short(kinds)
     with styled() as figure_class:
         figure = figure_class(figsize=(10.0, 0.42 * len(kinds) + 1.7))
         left, right = figure.subplots(1, 2)
