@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model folder brings along")]
 Batch = Annotated[int, typer.Option(min=1, help="examples in a forward pass")]
+Padding = Annotated[Literal["left", "right"], typer.Option(help="where shorter prompts of a batch are filled up")]
 Columns = Annotated[list[str] | None, typer.Option("--columns", help="FIELD=COLUMN for datasets; repeat it")]
 
 
@@ -201,8 +202,8 @@ def trace(
 def study(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="a study's name; `sightline studies` lists them")],
-    model: Model = "demo", data: DataName = "demo", limit: Limit = None, batch: Batch = 8, columns: Columns = None,
-    out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
+    model: Model = "demo", data: DataName = "demo", limit: Limit = None, batch: Batch = 8, padding: Padding = "left",
+    columns: Columns = None, out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
     trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run a study. Its own options come from its signature: `sightline studies`, then docs/studies."""
@@ -223,7 +224,7 @@ def study(
             mapping = dict(item.split("=", 1) for item in columns or [])
             found = load_data(data, limit, mapping, seed)
             subject = _load(model, device, dtype, device_map, trust_remote_code)
-            summary = function(Setting(subject, found, out, seed, batch, quiet), **options)
+            summary = function(Setting(subject, found, out, seed, batch, quiet, padding), **options)
         _say(summary, as_json, lambda: f"report: {summary['run']}/report.md")
 
 

@@ -54,7 +54,7 @@ def implicit_alignment(
     names = _family(setting, family)
     config = {
         "data": {part.modality: [part.subject.name, part.data.name, part.data.fingerprint] for part in parts},
-        "limit": len(setting.data), "batch": setting.batch, "seed": setting.seed, "words_limit": words_limit,
+        "limit": len(setting.data), "batch": setting.batch, "padding": setting.padding, "seed": setting.seed, "words_limit": words_limit,
         "weights_limit": weights_limit, "sparsity": sparsity, "family": names, "family_limit": family_limit,
     }  # fmt: skip
     run = Run.open(setting.out, "implicit-alignment", config, describe(setting.subject), SCHEMA)
@@ -140,7 +140,7 @@ def unit(
 def _read(
     part: Part, examples: Sequence[tuple[int, Example]], anchors: Anchors | None, words_limit: int, weights_limit: int
 ) -> list[dict[str, Any]]:
-    encoded = part.subject.encode([e for _, e in examples])
+    encoded = part.subject.encode([e for _, e in examples], part.padding)
     sides = [sides_of(m, e, part.modality) for m, (_, e) in zip(encoded.maps, examples, strict=True)]
     wanted = [i < weights_limit for i, _ in examples]
     with InputSquares(part.subject, [s if w else None for s, w in zip(sides, wanted, strict=True)]) as squares:

@@ -6,7 +6,7 @@ import torch
 
 from probe.errors import DataError, StudyError, did_you_mean
 from probe.example import Example
-from probe.subject import Subject
+from probe.subject import Side, Subject
 from studies.data import Data, load_data
 from studies.demo.family import MODALITIES, load_member
 from studies.study import Setting
@@ -19,6 +19,7 @@ class Part:
     modality: str
     subject: Subject
     data: Data
+    padding: Side = "left"
 
 
 def parts_of(setting: Setting, modalities: str) -> list[Part]:
@@ -37,7 +38,10 @@ def parts_of(setting: Setting, modalities: str) -> list[Part]:
             raise DataError(f"{setting.data.name} has no example that shows {name}: name others with --modalities")
     if not names:
         raise DataError(f"{setting.data.name} shows nothing and has no context: there is nothing to align")
-    return [Part(name, setting.subject, Data(setting.data.name, groups[name], setting.data.fingerprint)) for name in names]
+    return [
+        Part(name, setting.subject, Data(setting.data.name, groups[name], setting.data.fingerprint), setting.padding)
+        for name in names
+    ]
 
 
 def _shows(example: Example, modality: str) -> bool:
@@ -49,9 +53,9 @@ def _demo_part(setting: Setting, modality: str) -> Part:
     """Another modality of the demo, with its own model on the same frozen language model."""
     model, data = MODALITIES[modality]
     if modality == "image":
-        return Part("image", setting.subject, setting.data)
+        return Part("image", setting.subject, setting.data, setting.padding)
     subject = load_member(model, str(setting.subject.device), setting.subject.dtype)
     ours, theirs = (one.decoder.state_dict() for one in (setting.subject, subject))
     if any(not torch.equal(value, theirs[name]) for name, value in ours.items()):
         raise StudyError(f"{model} does not hold the language model of {setting.subject.name}: its tokens cannot be compared")
-    return Part(modality, subject, load_data(data, len(setting.data), seed=setting.seed))
+    return Part(modality, subject, load_data(data, len(setting.data), seed=setting.seed), setting.padding)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from probe.errors import StudyError, did_you_mean
 
 if TYPE_CHECKING:
-    from probe.subject import Subject
+    from probe.subject import Side, Subject
     from studies.data import Data
 
 Summary = dict[str, Any]
@@ -41,6 +41,7 @@ class Setting:
     seed: int = 0
     batch: int = 8
     quiet: bool = True
+    padding: "Side" = "left"  # of the passes that are read; answers are always generated from batches padded on the left
 
 
 def study(function: Callable[..., Summary]) -> Callable[..., Summary]:
