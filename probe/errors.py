@@ -10,6 +10,9 @@ SightlineError
 ├── ReplayError    (RuntimeError) a sweep that cannot be replayed exactly
 ├── DataError      (ValueError)   a data set with a defect
 ├── StoreError     (OSError)      recorded tensors that cannot be written or read back
+├── PassError      (ValueError)   a compression pass that this model, or this order, has no place for
+├── RecipeError    (ValueError)   a recipe that cannot be read
+├── LedgerError    (OSError)      a compressed model whose ledger is damaged or foreign
 ├── StudyError     (ValueError)   a study asked for something that it does not have
 └── RunError       (OSError)      a run directory that cannot be written or continued
 """
@@ -53,6 +56,18 @@ class DataError(SightlineError, ValueError):
 
 class StoreError(SightlineError, OSError):
     """Recorded tensors cannot be written, or are not where the index says, or would not fit."""
+
+
+class PassError(SightlineError, ValueError):
+    """A compression pass asks for what the model lacks, misses its target, or comes in a forbidden order."""
+
+
+class RecipeError(SightlineError, ValueError):
+    """A recipe cannot be read."""
+
+
+class LedgerError(SightlineError, OSError):
+    """The ledger of a compressed model is damaged, or another program's."""
 
 
 class StudyError(SightlineError, ValueError):

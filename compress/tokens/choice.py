@@ -1,0 +1,98 @@
+"""What a reducer is shown of one medium, and what it answers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from compress.tokens.media import Shape
+from probe.attention import Call
+from probe.errors import PassError
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One medium of one example, where its tokens are to be chosen.
+
+    `states` are its embeddings behind the connector, or its hidden states at the input of a layer; `text` those of the
+    words after it (all words where none follow). `tower` holds what was recorded in the vision or audio tower, by name,
+    one row for each token. `call` is the attention of the layer before (or of the layer itself, where that was asked for),
+    of the whole row; `places` are the medium's columns there, `last` the column that predicts the answer.
+    """
+
+    states: Float[Tensor, "n width"]
+    text: Float[Tensor, "m width"]
+    grid: Shape | None
+    layer: int
+    n_layers: int
+    kind: str = "image"
+    tower: Mapping[str, Tensor] = field(default_factory=dict)
+    call: Call | None = None
+    row: int = 0
+    places: Int[Tensor, " n"] | None = None
+    words: Int[Tensor, " m"] | None = None
+    last: int = -1
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @cached_property
+    def attention(self) -> Float[Tensor, "head n"]:
+        """Attention of the last position to the medium's tokens, in every head."""
+        return self.rows(torch.tensor([self.last], device=self.states.device))[:, 0]
+
+    def rows(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "head row n"]:
+        """Attention of some columns of the prompt to the medium's tokens (float32, after the softmax over all keys)."""
+        from probe.attention import attend_rows
+
+        if self.call is None or self.places is None:
+            raise PassError("this reducer needs attention, and was run where there is none")
+        call = one_row(self.call, self.row)
+        visible, bias = call.visible(rows[None])
+        return attend_rows(call, rows[None], visible, bias).probability[0][..., self.places]
+
+    @property
+    def square(self) -> tuple[int, int]:
+        """Rows and columns of a picture's grid. Raises PassError where the tokens lie in none."""
+        if self.grid is None or self.grid[0] != 1:
+            raise PassError(f"{len(self)} tokens of this {self.kind} lie in no grid of one frame, which this reducer needs")
+        return self.grid[1], self.grid[2]
+
+
+def one_row(call: Call, row: int) -> Call:
+    """An attention call of one row of its batch."""
+    mask = call.mask
+    if isinstance(mask, Tensor):
+        mask = mask[row : row + 1] if len(mask) > 1 else mask
+    return Call(
+        call.module, call.query[row : row + 1], call.key[row : row + 1], call.value[row : row + 1], mask, call.options,
+        call.kernel,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays: indices among the medium's tokens, ascending, and new states for them where they were merged."""
+
+    index: Int[Tensor, " kept"]
+    states: Float[Tensor, "kept width"] | None = None
+
+
+class Selector(Protocol):
+    """Chooses what stays of a medium. Nothing else: guards, quotas, compaction and positions are not its business."""
+
+    def __call__(self, seen: Seen, count: int) -> Kept: ...
+
+
+def best(score: Float[Tensor, " n"], count: int) -> Int[Tensor, " kept"]:
+    """The `count` highest scores, ascending by place; of equal ones the earlier first."""
+    order = torch.argsort(-score.float(), stable=True)
+    return order[:count].sort().values
+
+
+Choose = Callable[[Seen, int], Kept]

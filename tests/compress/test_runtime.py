@@ -1,0 +1,123 @@
+"""Tokens really removed: the same numbers as when they are hidden, with caches, padding, and every position policy."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from compress.budget import Budget
+from compress.tokens.choice import Kept, best
+from compress.tokens.runtime import Reducer, TokenRuntime
+from probe import load
+from probe.tracing import last_logits
+from tests import toys
+
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "smolvlm",
+    "gemma3",
+    "qwen2_audio",
+)
+DEEP = {"qwen3_vl": 3}  # its visual features are added after the first layers
+
+
+@cache
+def opened(family):
+    """A toy; Gemma 3's with windows that hold the whole prompt."""
+    model, processor = toys.build(family)
+    if family == "gemma3":
+        model.config.text_config.sliding_window = 256
+        for layer in model.model.language_model.layers:
+            layer.self_attn.sliding_window = layer.self_attn.sliding_window and 256
+    return load((model, processor))
+
+
+def drawn(seen, count):
+    """Tokens drawn by a seed that neither batch nor padding changes."""
+    generator = torch.Generator().manual_seed(len(seen))
+    return Kept(best(torch.rand(len(seen), generator=generator), count))
+
+
+def run(subject, encoded, *reducers):
+    runtime = TokenRuntime(subject, reducers)
+    try:
+        return last_logits(subject, encoded)
+    finally:
+        runtime.detach()
+
+
+def reducer(layer, policy="preserve", simulated=False, keep=0.5):
+    return Reducer(drawn, Budget(keep=keep), layer, policy, simulated=simulated)
+
+
+seen_cases = []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["before", "inside"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_removed_is_what_is_hidden(family, place, side):
+    subject = opened(family)
+    layer = 0 if place == "before" else DEEP.get(family, 2)
+    encoded = subject.encode(toys.pair(subject), side)
+    plain = last_logits(subject, encoded)
+    for policy in ("preserve", "reindex", "rebase"):
+        if policy != "preserve" and place == "inside" and family == "gemma3":
+            continue  # refused below
+        physical, simulated = (run(subject, encoded, reducer(layer, policy, simulated)) for simulated in (False, True))
+        torch.testing.assert_close(physical, simulated, atol=1e-4, rtol=1e-4)
+        assert (physical - plain).abs().max() > 1e-4
+        seen_cases.append((family, place, side, policy))
+    assert torch.equal(last_logits(subject, encoded), plain)  # detached without a trace
+
+
+def test_how_many_were_compared():
+    assert len(seen_cases) == len(FAMILIES) * 2 * 2 * 3 - 4
+
+
+def full_pass(subject, encoded, written, *reducers):
+    """Logits of the next token from one pass over prompt and written tokens, without a cache: the slow way."""
+    inputs = dict(encoded.inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], written], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(written)], 1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(written)], 1)
+    runtime = TokenRuntime(subject, reducers)
+    try:
+        with torch.no_grad():
+            return subject.model(**inputs, use_cache=False).logits[:, -1].float()
+    finally:
+        runtime.detach()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["preserve", "reindex", "rebase"])
+def test_what_is_written_from_the_cache_is_what_full_passes_say(family, policy):
+    """Five tokens of a padded batch, each from the cache, against the same tokens read whole with the same choice."""
+    subject = opened(family)
+    inside = () if family == "gemma3" and policy != "preserve" else (reducer(DEEP.get(family, 2), policy, keep=0.6),)
+    reducers = (reducer(0, policy, keep=0.8), *inside)
+    encoded = subject.encode(toys.pair(subject))
+    runtime = TokenRuntime(subject, reducers)
+    try:
+        with subject.lock, torch.no_grad():
+            made = subject.model.generate(
+                **encoded.inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+    finally:
+        runtime.detach()
+    written = made.sequences[:, encoded.inputs["input_ids"].shape[1] :]
+    lengths = [layer.get_seq_length() for layer in made.past_key_values.layers]
+    assert lengths[0] < len(encoded.maps[0]) + 4
+    if inside:
+        assert lengths[-1] < lengths[0]
+    for step, logits in enumerate(made.logits):
+        torch.testing.assert_close(logits, full_pass(subject, encoded, written[:, :step], *reducers), atol=2e-4, rtol=1e-3)
