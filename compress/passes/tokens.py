@@ -40,6 +40,7 @@ class Method:
     needs: tuple[str, ...] = ()
     text_conditioned: bool = False
     source: str = ""
+    macs: Callable[[int, int, int], float] | None = None  # multiply-adds of choosing (tokens, kept, width); None: not counted
 
 
 class ReduceTokens(Change):
@@ -171,9 +172,11 @@ def _middle(members: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 BASELINES: dict[str, Method] = {
-    "random": Method(at_random, source="baseline"),
-    "uniform": Method(uniform, source="baseline"),
-    "pooling": Method(pooled, source="InfMLLM's pool adapter (arXiv 2311.06791), training-free"),
+    "random": Method(at_random, source="baseline", macs=lambda n, kept, width: 0.0),
+    "uniform": Method(uniform, source="baseline", macs=lambda n, kept, width: 0.0),
+    "pooling": Method(
+        pooled, source="InfMLLM's pool adapter (arXiv 2311.06791), training-free", macs=lambda n, kept, width: float(n * width)
+    ),
 }
 
 
