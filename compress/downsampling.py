@@ -1,7 +1,7 @@
 """The plainest way to have fewer visual tokens: a smaller picture. A baseline that every reducer is held against."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,12 +36,21 @@ def downsampled(subject: Subject, side: float) -> Smaller:
     patch = int(subject.config.vision_config.patch_size)
     cells = max(1, round(int(subject.config.vision_config.image_size) // patch * side))
     pictures = smaller.processor.image_processor
-    pictures.size = dict.fromkeys(pictures.size, cells * patch)
-    if getattr(pictures, "crop_size", None):
-        pictures.crop_size = {"height": cells * patch, "width": cells * patch}
+    for name in ("size", "crop_size"):
+        if size := getattr(pictures, name, None):
+            setattr(pictures, name, _resized(size, cells * patch))
+    for owner in (smaller.processor, pictures):  # PaliGemma's say how long a picture's run is
+        if isinstance(getattr(owner, "image_seq_length", None), int):
+            owner.image_seq_length = cells * cells
     own = smaller.model.get_submodule(subject.anatomy.vision or "")
     smaller.attached.append(_Between(own.embeddings))
     return smaller
+
+
+def _resized(size: Any, pixels: int) -> Any:
+    """A processor's size with every side of so many pixels."""
+    given = dict(size) if isinstance(size, Mapping) else vars(size)
+    return type(size)(**{side: pixels for side, value in given.items() if value is not None})
 
 
 def shrunk(subject: Subject, examples: Sequence[Example], side: float) -> list[Example]:

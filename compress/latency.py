@@ -32,8 +32,8 @@ def generate_exactly(subject: Subject, encoded: Encoded, tokens: int) -> Any:
 class Timed:
     """Milliseconds of one answer.
 
-    `prefill` is the pass that reads the prompt, whole: `vision` (tower and connector) and `selector` (the reducers' choices) are parts of it. `decode`
-    is the mean of each token after the first, `answer` the whole.
+    `prefill` is all of reading the prompt: `vision` (tower and connector, which transformers may run ahead of the model's own pass) and `selector`
+    (the reducers' choices) are parts of it. `decode` is the mean of each token after the first, `answer` the whole.
     """
 
     vision: float
@@ -51,6 +51,7 @@ class _Clock:
     spent: dict[str, float] = field(default_factory=lambda: {"vision": 0.0, "selector": 0.0})
     passes: list[tuple[float, float]] = field(default_factory=list)
     began: dict[str, float] = field(default_factory=dict)
+    first: float = float("inf")  # when reading the prompt began
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -60,6 +61,7 @@ class _Clock:
     def start(self, phase: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             self.began[phase] = self.now()
+            self.first = min(self.first, self.began[phase])
 
         return hook
 
@@ -81,9 +83,9 @@ def time_answer(subject: Subject, encoded: Encoded, tokens: int) -> Timed:
         start = clock.now()
         generate_exactly(subject, encoded, tokens)
         stop = clock.now()
-    first = clock.passes[0]
-    each = (clock.passes[-1][1] - first[1]) / max(1, len(clock.passes) - 1)
-    seconds = (clock.spent["vision"], clock.spent["selector"], first[1] - first[0], each, stop - start)
+    read = clock.passes[0][1]
+    each = (clock.passes[-1][1] - read) / max(1, len(clock.passes) - 1)
+    seconds = (clock.spent["vision"], clock.spent["selector"], read - clock.first, each, stop - start)
     return Timed(*(1e3 * one for one in seconds))
 
 

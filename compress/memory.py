@@ -39,7 +39,8 @@ def peaks_by_phase(subject: Subject, encoded: Encoded, tokens: int) -> dict[str,
         for module, phase in _phases(subject):
             stack.enter_context(_marked(module, phase))
         peaks, decode = _levels(call)
-    return {**{phase: peaks[phase] for phase in ("vision", "prefill") if phase in peaks}, "decode": decode}
+    read = max(peaks.get("vision", 0), peaks["prefill"])
+    return {**({"vision": peaks["vision"]} if "vision" in peaks else {}), "prefill": read, "decode": decode}
 
 
 def _phases(subject: Subject) -> list[tuple[nn.Module, str]]:

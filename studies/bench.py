@@ -18,10 +18,11 @@ from compress.measure import Answers, accuracy, affirmed, answer, compare, encod
 from compress.memory import peaks_by_phase
 from compress.passes.base import Evidence
 from compress.recipe import Recipe, compress
-from probe.errors import SightlineError, StudyError
+from probe.errors import DataError, SightlineError
 from probe.example import Example
 from probe.subject import Encoded, Subject
 from studies.data import TELLINGS, Data, load_data
+from studies.work import sift
 
 SCHEMA = pa.schema([
     ("what", pa.string()), ("name", pa.string()), ("example", pa.string()), ("kind", pa.string()), ("right", pa.bool_()),
@@ -33,6 +34,7 @@ KEYS = (
     "verdict", "on_frontier", "baseline",
 )  # fmt: skip
 Rows = list[dict[str, Any]]
+BLIND = 64  # at most so many questions are asked without media
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,25 @@ class Bench:
     seed: int = 0
     advance: Callable[[int], None] = lambda n: None
 
-    def __post_init__(self) -> None:
-        self.examples = tuple(self.data.examples)
-        if not self.examples:
-            raise StudyError(f"{self.data.name} has no examples to measure with")
+    @cached_property
+    def sifted(self) -> tuple[tuple[Example, ...], dict[str, str]]:
+        """The examples that can be asked and scored, and why the others cannot. Raises DataError when none can."""
+        usable, rows = sift(self.data.examples, self._check)
+        why = {row["example"]: row["text"] for row in rows}
+        if not usable:
+            raise DataError(
+                f"none of the {len(rows)} examples of {self.data.name} could be used; the first: {next(iter(why.values()), '')}"
+            )
+        return tuple(usable), why
+
+    def _check(self, example: Example) -> None:
+        if example.answer is None:
+            raise DataError("it has no answer, and accuracy needs the right one")
+        self.dense.render(example)
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        return self.sifted[0]
 
     @cached_property
     def batches(self) -> list[Encoded]:
@@ -98,13 +115,13 @@ class Bench:
     def blind(self) -> tuple[str, tuple[Example, ...]]:
         """Questions without a picture, and what they are: text twins where the data has them."""
         if self.data.name in TELLINGS and self.data.name != "demo:text":
-            return "text twins", tuple(load_data("demo:text", len(self.examples), seed=self._data_seed).examples)
+            return "text twins", tuple(load_data("demo:text", min(BLIND, len(self.examples)), seed=self._data_seed).examples)
         what = (
             "the same questions with their context alone"
             if any(e.context for e in self.examples)
             else "the same questions, shown nothing"
         )
-        return what, tuple(self.dense.without_media(example) for example in self.examples)
+        return what, tuple(self.dense.without_media(example) for example in self.examples[:BLIND])
 
     @property
     def _data_seed(self) -> int:

@@ -41,7 +41,7 @@ def measure(subject: Subject, dense: Subject | None, bench: Bench, out: Path | N
                 run.write(key, bench.measure_model(one, model))
             advance(1)
         points = collect(run.rows([key for key, _, _ in work]))
-    point = {**points[-1], "run": str(run.folder)}
+    point = {**points[-1], "run": str(run.folder), "unused": bench.sifted[1]}
     if dense is None:  # there is nothing that it could be faster than, or lie beside
         point |= {"verdict": None, "on_frontier": None, "baseline": ""}
     run.figure("frontier", *figure(points))

@@ -10,7 +10,7 @@ from compress.passes.base import Evidence
 from compress.passes.tokens import Tokens
 from compress.recipe import Recipe
 from compress.search import Space, search
-from probe.errors import PassError
+from probe.errors import ExampleError, PassError, TokenError
 from studies.bench import SCHEMA, Bench, Configuration, collect
 from studies.points import figure, sentence, table
 from studies.run import Run
@@ -37,7 +37,9 @@ def measured(run: Run, bench: Bench, one: Configuration, evidence: Evidence | No
     if run.pending([one.key]):
         try:
             rows = bench.measure(one, evidence)
-        except PassError as error:
+        except (PassError, ExampleError, TokenError) as error:
+            if one.baseline == "full":
+                raise
             rows = [{"what": "refused", "name": one.name, "text": str(error)}]
         run.write(one.key, rows)
     found = run.rows_of(one.key).to_pylist()
@@ -68,7 +70,7 @@ def explore(
         keys = list(dict.fromkeys([*(one.key for one in base), *tried]))
         points = collect(run.rows(keys))
     summary = {
-        "run": str(run.folder), "n": len(bench.data), "trials": len(found), "cost": cost, "points": points,
+        "run": str(run.folder), "n": len(bench.examples), "unused": bench.sifted[1], "trials": len(found), "cost": cost, "points": points,
         "refused": {**refused, **{json.dumps(trial.values): trial.refused for trial in found if trial.refused}},
         "frontier": [point["name"] for point in points if point["on_frontier"]],
     }  # fmt: skip

@@ -25,6 +25,7 @@ from studies.search import measured
 from studies.study import Setting, Summary, describe, progress, study
 
 BASE = ("random", "pooling")
+MANY = 8  # of more methods than these each is measured at the first two shares only
 
 
 @study
@@ -33,7 +34,7 @@ def tradeoffs(
 ) -> Summary:
     """What does each step of compression cost in accuracy, and what does it save?
 
-    `shares` are the shares of visual tokens that stay, `methods` the token reducers (`all`, or names), `rounds` how often each configuration
+    `shares` are the shares of visual tokens that stay (of more than eight methods each takes the first two), `methods` the token reducers (`all`, or names), `rounds` how often each configuration
     is timed in turns with the dense model (0 leaves times out), `tokens` how many tokens each timed answer has.
     """
     kept = _shares(shares)
@@ -54,7 +55,7 @@ def tradeoffs(
             advance(1)
         points = collect(run.rows([one.key for one in asked if one.name not in refused]))
     summary: Summary = {
-        "run": str(run.folder), "n": len(setting.data), "points": points, "skipped": {**refused, **left_out()},
+        "run": str(run.folder), "n": len(bench.examples), "unused": bench.sifted[1], "points": points, "skipped": {**refused, **left_out()},
         "frontier": [point["name"] for point in points if point["on_frontier"]],
         "evidence_plan": next((point for point in points if point["name"] == "evidence plan"), None),
     }  # fmt: skip
@@ -73,7 +74,8 @@ def configurations(subject: Subject, shares: Sequence[float], methods: Sequence[
         found.append(Configuration(f"down-sampling {share:g}", baseline="down-sampling", side=share**0.5))
     for method in dict.fromkeys([*BASE, *methods]):
         base = method if method in BASE else ""
-        found += [_recipe(f"{method} {share:g}", _reduced(method, share), baseline=base) for share in shares]
+        at = shares if base or len(methods) <= MANY else shares[:2]
+        found += [_recipe(f"{method} {share:g}", _reduced(method, share), baseline=base) for share in at]
     for layer in range(subject.n_layers) if subject.n_layers <= 12 else range(0, subject.n_layers, subject.n_layers // 8):
         found.append(_recipe(f"without layer {layer}", RemoveLayers(layers=(layer,))))
     middle = subject.n_layers // 2
@@ -173,6 +175,9 @@ def _report(summary: Mapping[str, Any]) -> str:
     kept = next((p for p in sorted(steps, key=lambda p: p["flops_ratio"]) if p["on_frontier"] and p.get("by_kind")), None)
     if kept:
         lines += ["", f"## Which questions the cheapest step on the frontier changed ({kept['name']})", "", broken(kept)]
+    if summary["unused"]:
+        lines += ["", f"## Examples that could not be used ({len(summary['unused'])})", ""]
+        lines += [f"- {name}: {why}" for name, why in list(summary["unused"].items())[:20]]
     if summary["skipped"]:
         lines += ["", "## What was skipped", "", *(f"- {name}: {why}" for name, why in summary["skipped"].items())]
     uncounted = sorted({note for point in points for note in point["not_counted"]})

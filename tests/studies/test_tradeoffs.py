@@ -1,0 +1,132 @@
+"""The study of tradeoffs on an untrained demo model, and on toys."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.passes import METHODS
+from probe import load
+from probe.errors import StudyError
+from studies import tradeoffs as module
+from studies.bench import KEYS
+from studies.cli import app
+from studies.data import Data, load_data
+from studies.study import Setting
+from studies.tradeoffs import configurations, tradeoffs
+from tests import toys
+
+
+@pytest.fixture(scope="module")
+def run(stranger, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tradeoffs") / "r"
+    asked = ["study", "tradeoffs", "--model", str(stranger), "--limit", "4", "--shares", "0.25", "--methods", "uniform", "--rounds", "6",
+             "--tokens", "2", "--device", "cpu", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+
+
+def test_it_says_what_was_asked(run):
+    folder, found, _ = run
+    assert {"run", "points", "evidence_plan"} <= set(found)
+    names = [point["name"] for point in found["points"]]
+    assert len(names) == len(set(names)) == 5 + 8 + 2 + 1
+    assert {point["baseline"] for point in found["points"]} == {"full", "random", "pooling", "down-sampling", ""}
+    for point in found["points"]:
+        assert set(KEYS) <= set(point)
+        assert point["accuracy_low"] <= point["accuracy"] <= point["accuracy_high"]
+        assert point["prefill_ms"] > 0
+        assert point["verdict"] in ("faster", "slower", "no evidence")
+    by_name = {point["name"]: point for point in found["points"]}
+    assert by_name["full"]["flops_ratio"] == by_name["full"]["kv_ratio"] == 1
+    assert (
+        by_name["pooling 0.25"]["kv_bytes"] == by_name["uniform 0.25"]["kv_bytes"] == by_name["down-sampling 0.25"]["kv_bytes"]
+    )
+    assert by_name["down-sampling 0.25"]["flops"] < by_name["uniform 0.25"]["flops"]  # the tower sees less, too
+    assert by_name["without layer 4, pooling 0.25"]["flops"] < by_name["pooling 0.25"]["flops"]
+    assert by_name["full"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert {name for name, point in by_name.items() if point["on_frontier"]} == set(found["frontier"])
+    assert "nan" not in (folder / "summary.json").read_text().lower()
+
+
+def test_the_report_answers_the_question(run):
+    folder, found, _ = run
+    report = (folder / "report.md").read_text()
+    assert "*What does each step of compression cost in accuracy, and what does it save?*" in report
+    assert "The null beside the times" in report
+    assert all(f"{point['name']}" in report for point in found["points"])
+    assert (folder / "figures/frontier.png").stat().st_size > 10_000
+
+
+def test_asking_again_measures_only_what_is_missing(run):
+    folder, _, asked = run
+    parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
+    lost = sorted(parts)[2]
+    lost.unlink()
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    now = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
+    assert set(now) == set(parts)
+    assert [path for path in parts if now[path] != parts[path]] in ([lost], [])
+
+
+def test_batches_change_nothing(stranger, tmp_path):
+    subject, data = load(stranger), load_data("demo", 5)
+    found = [
+        tradeoffs(Setting(subject, data, tmp_path / str(size), batch=size), shares="0.5", methods="random", rounds=0)
+        for size in (1, 4)
+    ]
+    for one, many in zip(*(summary["points"] for summary in found), strict=True):
+        assert one["name"] == many["name"]
+        for key in ("accuracy", "flops", "kv_bytes", "prefill_ms", "verdict"):
+            assert one[key] == many[key]
+        assert one["divergence"]["value"] == pytest.approx(many["divergence"]["value"], abs=1e-4)
+
+
+def test_there_are_enough_configurations(stranger):
+    found = configurations(load(stranger), (0.5, 0.25, 0.125), list(METHODS))
+    assert len(found) >= 25
+    assert len({one.key for one in found}) == len(found)
+    tried = {one.recipe.passes[0].method for one in found if one.recipe and one.recipe.passes[0].title == "tokens"}
+    assert tried == set(METHODS)
+    assert {one.baseline for one in found} == {"full", "random", "pooling", "down-sampling", ""}
+
+
+def test_other_families_skip_what_they_refuse(toy, tmp_path):
+    subject = toy("qwen2_vl")
+    examples = tuple(replace(e, answer="red") for e in toys.pair(subject))
+    found = tradeoffs(Setting(subject, Data("toys", examples, "t"), tmp_path / "r"), shares="0.5", methods="uniform", rounds=0)
+    assert found["n"] == 2
+    assert {point["baseline"] for point in found["points"]} >= {"full", "random", "down-sampling"}
+    names = {point["name"] for point in found["points"]}
+    assert names.isdisjoint(found["skipped"])
+    assert all(found["skipped"].values())
+
+
+def test_a_plan_from_evidence_is_one_more_point(stranger, tmp_path, monkeypatch):
+    from compress.recipe import parse
+
+    class Planner:
+        @staticmethod
+        def plan(subject, examples, seed):
+            return parse({"passes": [{"remove-layers": {"count": 1}}]}), {
+                "layer_scores": {"block_influence": [1.0] * 7 + [0.0]}
+            }
+
+    monkeypatch.setattr(module, "evidence_module", lambda: Planner)
+    setting = Setting(load(stranger), load_data("demo", 3), tmp_path / "r")
+    found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0)
+    assert found["evidence_plan"]["name"] == "evidence plan"
+    assert found["evidence_plan"]["flops"] == next(p["flops"] for p in found["points"] if p["name"] == "without layer 7")
+
+
+def test_wrong_options_are_named(stranger, tmp_path):
+    setting = Setting(load(stranger), load_data("demo", 2), tmp_path / "r")
+    with pytest.raises(StudyError, match="numbers with commas"):
+        tradeoffs(setting, shares="half")
+    with pytest.raises(StudyError, match="between 0 and 1, not at 2"):
+        tradeoffs(setting, shares="0.5,2")
+    with pytest.raises(StudyError, match=r"there is no token reducer 'pulling' .did you mean 'pooling'"):
+        tradeoffs(setting, methods="pulling")
+    assert not (tmp_path / "r").exists()
