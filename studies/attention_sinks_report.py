@@ -51,9 +51,9 @@ def summarise(rows: pa.Table, plan: "Plan", layers: Sequence[int], dimensions: S
 
 
 def _values(rows: pa.Table, what: str, key: str) -> np.ndarray:
-    """(example value) of one sort of rows; what is not known is NaN."""
-    found = picked(rows, what=what, key=key)["values"].to_pylist()
-    return np.array(found, dtype=float).reshape(len(found), -1)
+    """(example value) of one sort of rows; what is not known is NaN. (0, 0) where there are none."""
+    found = np.array(picked(rows, what=what, key=key)["values"].to_pylist(), dtype=float)
+    return found if found.size else np.empty((0, 0))
 
 
 def _sizes(rows: pa.Table, what: str, key: str) -> np.ndarray:
@@ -78,7 +78,7 @@ def _known_mean(table: np.ndarray) -> list[list[float | None]] | None:
 
 def _place(rows: pa.Table, group: str, seed: int) -> dict[str, Any]:
     found = _values(rows, "place", group)
-    found = found[~np.isnan(found).any(1)] if found.size else np.empty((0, 2))
+    found = found[~np.isnan(found).any(1)] if found.size else np.empty((0, 2))  # no boxes, or no sinks
     gap = found[:, 0] - found[:, 1]
     above, below = (float(sign_flip(side, seed)) if len(gap) > 1 else None for side in (gap, -gap))
     return {
