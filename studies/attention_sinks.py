@@ -47,7 +47,7 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 EFFECTS = ("relative", "log_prob", "flip")
 GROUPS = ("sinks", "highest")
-Label = tuple[str, int, Entry]  # a group or its control, how many positions a layer loses, the knock-out
+Label = tuple[str, float, Entry]  # a group or its control, how many positions a layer loses on average, the knock-out
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _cause_rows(
         for name in dict.fromkeys(label for label, *_ in asked[i]):
             own = [j for j, (label, *_) in enumerate(asked[i]) if label == name]
             values = [float(np.mean(getattr(found, effect)[own])) for effect in EFFECTS]
-            rows.append({"example": example.id, **_row("cause", name, values, asked[i][own[0]][1])})
+            rows.append({"example": example.id, **_row("cause", name, [*values, asked[i][own[0]][1]])})
     return rows
 
 
@@ -230,7 +230,7 @@ def _entries(reading: SinkReading, token_map: TokenMap, name: str, plan: Plan, l
         drawn = [moved(chosen, rng) for _ in range(plan.draws)]
         if not chosen.any() or any(other.sum() < chosen.sum() for other in drawn):
             continue  # nothing to hide, or not as many others to hide instead
-        size = int(chosen.sum(1).max())
+        size = float(chosen.sum(1).mean())
         made.append((group, size, _hide(reading, chosen, after, layers)))
         made += [(f"random for {group}", size, _hide(reading, other, after, layers)) for other in drawn]
     return made

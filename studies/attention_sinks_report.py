@@ -100,7 +100,7 @@ def _effect(rows: pa.Table, name: str, seed: int) -> dict[str, Any] | None:
     if not found.size:
         return None
     made: dict[str, Any] = {effect: interval(found[:, i], seed) for i, effect in enumerate(EFFECTS)}
-    return {**made, "positions": float(_sizes(rows, "cause", name).mean()), "n": len(found)}
+    return {**made, "positions": float(found[:, -1].mean()), "n": len(found)}
 
 
 def _paired(rows: pa.Table, group: str, seed: int) -> dict[str, Any] | None:
@@ -202,11 +202,18 @@ def _matters(summary: Summary) -> list[str]:
             one = paired["log_prob"]
             gap = one["difference"]
             apart = gap["low"] > 0 or gap["high"] < 0
-            verdict = ("matters less" if gap["value"] > 0 else "matters more") if apart else "matters as much, as far as can be told,"
+            verdict = (
+                f"**matters {'less' if gap['value'] > 0 else 'more'}** than hiding as many other positions"
+                if apart
+                else "**cannot be told from** hiding as many other positions"
+            )
             lines.append(
-                f"{name} **{verdict}** than hiding as many other positions: the answer's log-probability changes by {_number(one['own'])} against "
+                f"{name} {verdict}: the answer's log-probability changes by {_number(one['own'])} against "
                 f"{_number(one['random'])}, a paired difference of {_number(gap)}, n = {gap['n']}{_p(one)}."
             )
+    tested = summary["cause"]["sinks"]["n"] if summary["cause"]["sinks"] else 0
+    if left := summary["n_with_sinks"] - tested:
+        lines.append(f"In {left} examples more positions are sinks than not in a layer: there are not as many others to hide instead.")
     everything = summary["cause"]["everything"]["log_prob"]
     return [*lines, f"For scale: hiding all that is shown changes it by {_number(everything)}, hiding nothing by {summary['cause']['nothing']['log_prob']['value']:.1e}."]
 
