@@ -76,7 +76,5 @@ def read_sinks(
     readings = []
     for i, token_map in enumerate(encoded.maps):
         shown, text = places_of(token_map), token_map.positions("text")
-        readings.append(
-            SinkReading(shown, text, own[:, i, shown], own[:, i, text], other[:, i, shown], rows[:, i][..., shown])
-        )
+        readings.append(SinkReading(shown, text, own[:, i, shown], own[:, i, text], other[:, i, shown], rows[:, i][..., shown]))
     return readings, seen.logits

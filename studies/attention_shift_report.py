@@ -108,7 +108,9 @@ def _sentence(found: dict[str, Any], name: str) -> str:
     if inside:
         verdict = "neither alike nor opposed: a shuffled order of layers gives as much"
     else:
-        verdict = "alike" if found["value"] < 1 else "opposed: where words before are looked at more, words after are looked at less"
+        verdict = (
+            "alike" if found["value"] < 1 else "opposed: where words before are looked at more, words after are looked at less"
+        )
     return f"{name.capitalize()}: **{verdict}**. Shift {_number(found)}, n = {found['n']}, p = {found['p_value']:.3f}."
 
 

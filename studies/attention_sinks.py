@@ -160,7 +160,7 @@ def groups(reading: SinkReading, plan: Plan) -> dict[str, np.ndarray]:
     """The sinks of each layer (layer shown), and the positions of the highest score, which are the same in every layer."""
     highest = np.zeros_like(reading.phi, dtype=bool)
     highest[:, np.argsort(-reading.phi.mean(0), kind="stable")[: plan.count]] = True
-    return {"sinks": reading.phi > plan.tau, "highest": highest}
+    return {"sinks": np.asarray(reading.phi > plan.tau), "highest": highest}
 
 
 def _row(what: str, key: str, values: Any, n: int = 0) -> dict[str, Any]:

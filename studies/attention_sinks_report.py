@@ -1,7 +1,7 @@
 """The attention-sinks study's numbers, figures and words, made from its records."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +13,12 @@ from studies.run import Run
 from studies.study import Setting, Summary
 from studies.work import curve, interval, picked, refuse_nothing, skipped
 
-if TYPE_CHECKING:
-    from studies.attention_sinks import Plan
-
 KINDS = ("shown", "text", "control")
 GROUPS = ("sinks", "highest")
 EFFECTS = ("relative", "log_prob", "flip")
 
 
-def summarise(rows: pa.Table, plan: "Plan", layers: Sequence[int], dimensions: Sequence[int], heads: int) -> Summary:
+def summarise(rows: pa.Table, plan: Any, layers: Sequence[int], dimensions: Sequence[int], heads: int) -> Summary:
     """Everything that the report says, as numbers. Raises DataError when no example could be used."""
     names = list(dict.fromkeys(picked(rows, what="mass")["example"].to_pylist()))
     refuse_nothing(rows, len(names))
@@ -196,7 +193,10 @@ def _where(summary: Summary) -> list[str]:
 
 def _matters(summary: Summary) -> list[str]:
     lines = []
-    for group, name in (("sinks", "Hiding the sinks"), ("highest", f"Hiding the {summary['count']} positions of the highest score")):
+    for group, name in (
+        ("sinks", "Hiding the sinks"),
+        ("highest", f"Hiding the {summary['count']} positions of the highest score"),
+    ):
         paired = summary["paired"][group]
         if paired is not None:
             one = paired["log_prob"]
@@ -213,9 +213,14 @@ def _matters(summary: Summary) -> list[str]:
             )
     tested = summary["cause"]["sinks"]["n"] if summary["cause"]["sinks"] else 0
     if left := summary["n_with_sinks"] - tested:
-        lines.append(f"In {left} examples more positions are sinks than not in a layer: there are not as many others to hide instead.")
+        lines.append(
+            f"In {left} examples more positions are sinks than not in a layer: there are not as many others to hide instead."
+        )
     everything = summary["cause"]["everything"]["log_prob"]
-    return [*lines, f"For scale: hiding all that is shown changes it by {_number(everything)}, hiding nothing by {summary['cause']['nothing']['log_prob']['value']:.1e}."]
+    return [
+        *lines,
+        f"For scale: hiding all that is shown changes it by {_number(everything)}, hiding nothing by {summary['cause']['nothing']['log_prob']['value']:.1e}.",
+    ]
 
 
 def _heads(summary: Summary) -> list[str]:
@@ -223,7 +228,10 @@ def _heads(summary: Summary) -> list[str]:
 
 
 def _table(summary: Summary) -> list[str]:
-    lines = ["| hidden | positions | log-probability | probability, percent | answers changed | n |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| hidden | positions | log-probability | probability, percent | answers changed | n |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, found in summary["cause"].items():
         if found is not None:
             lines.append(

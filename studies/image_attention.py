@@ -48,7 +48,9 @@ def image_attention(
     if questions not in QUESTIONS:
         raise StudyError(f"there are no questions {questions!r}{did_you_mean(questions, QUESTIONS)}")
     if not 0 <= middle_start < middle_stop <= 1:
-        raise StudyError(f"the middle layers are shares from 0 to 1, the first before the last, not {middle_start:g} to {middle_stop:g}")
+        raise StudyError(
+            f"the middle layers are shares from 0 to 1, the first before the last, not {middle_start:g} to {middle_stop:g}"
+        )
     check_in_sequence(setting.subject)
     setting = replace(setting, data=_asked(setting, questions))
     subject, data = setting.subject, setting.data

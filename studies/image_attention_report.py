@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.analysis.detection import centred, detect, difference, resampled_auroc
+from probe.analysis.detection import detect, difference, resampled_auroc
 from probe.analysis.stats import benjamini_hochberg, wilson
 from probe.analysis.svar import svar, windows
 from probe.plots import svar as plots
@@ -50,14 +50,16 @@ def summarise(rows: pa.Table, layers: Sequence[int], n_layers: int, heads: int, 
 def _sides(table: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of each comparison: the examples in it, which of them are to be detected, and the stratum of each.
 
+    Things are affirmed where every question is answered yes or no.
     Wrong and right answers are compared among questions of one kind, and where the answer is yes or no among those that were
     answered alike: what yes and no, or hard and easy kinds, differ in is no sign of an error.
     """
     told = np.where(np.isin(table["answer"], ("yes", "no")), table["text"], "")
     strata = np.unique(np.char.add(np.char.add(table["kind"].astype(str), "|"), told.astype(str)), return_inverse=True)[1]
     wrong = ~table["correct"].astype(bool)
-    yes = (table["text"] == "yes") & np.isin(table["answer"], ("yes", "no"))
-    return {"invented": (yes, wrong, strata), "wrong": (np.ones(len(wrong), dtype=bool), wrong, strata)}
+    yes = table["text"] == "yes"
+    made = {"wrong": (np.ones(len(wrong), dtype=bool), wrong, strata)}
+    return {"invented": (yes, wrong, strata), **made} if np.isin(table["answer"], ("yes", "no")).all() else made
 
 
 def _compare(
@@ -79,18 +81,22 @@ def _compare(
         gap = resampled_auroc(values, flags, strata, seed) - base
         ends = [float(end) for end in np.nanpercentile(gap, [2.5, 97.5])]
         found[name]["over_answer"] = {"value": found[name]["auroc"] - found["answer"]["auroc"], "low": ends[0], "high": ends[1]}
-    gap, p = difference(ratio, flags, strata, seed)
-    apart = centred(ratio, strata).mean(2)
+    gap, _, _, p = difference(ratio, flags, strata, seed)
+    q = benjamini_hochberg(p)
+    parts = difference(np.stack([-values for values in low.values()], 1), flags, strata, seed)
     return {
-        **counts, "detected": found, "difference": gap.tolist(), "q": benjamini_hochberg(p).tolist(),
-        "n_clear": int((benjamini_hochberg(p) < LEVEL).sum()), "n_tests": int(p.size),
-        "curves": {side: curve(ratio[own].mean(2), layers, seed) for side, own in (("detected", flags), ("beside", ~flags))},
-        "svar": {
-            side: {name: interval(-values[own], seed) for name, values in low.items()}
-            for side, own in (("detected", flags), ("beside", ~flags))
+        **counts, "detected": found, "difference": gap.tolist(), "q": q.tolist(), "n_clear": int((q < LEVEL).sum()), "n_tests": int(p.size),
+        "by_layer": _gap_curve(ratio.mean(2), flags, strata, layers, seed),
+        "svar_difference": {
+            name: dict(zip(("value", "low", "high", "p_value"), map(float, side), strict=True))
+            for name, side in zip(low, zip(*parts, strict=True), strict=True)
         },
-        "gap_by_layer": (apart[flags].mean(0) - apart[~flags].mean(0)).tolist(),
     }  # fmt: skip
+
+
+def _gap_curve(values: np.ndarray, flags: np.ndarray, strata: np.ndarray, layers: Sequence[int], seed: int) -> dict[str, Any]:
+    mean, low, high, _ = difference(values, flags, strata, seed)
+    return {"layers": list(layers), "mean": mean.tolist(), "low": low.tolist(), "high": high.tolist(), "n": int(flags.sum())}
 
 
 def compared(summary: Summary) -> list[str]:
@@ -120,10 +126,11 @@ def report(summary: Summary, setting: Setting) -> str:
         f"({'questions of existence' if summary['existence'] else 'questions of all kinds'}), {summary['n']} examples, {summary['accuracy']:.1%} answered rightly "
         f"(95 % Wilson interval {low:.1%} to {high:.1%}).", "",
         "## The answer", "",
-        *(f"- {_verdict(name, found)}" for name, found in summary["comparisons"].items() if summary["existence"] or name != "invented"),
+        *(f"- {_verdict(name, found)}" for name, found in summary["comparisons"].items()),
         *([f"- {summary['n_skipped']} examples could not be used; the first: {summary['skipped'][0]}"] if summary["n_skipped"] else []), "",
         "![image attention](figures/image-attention.png)", "",
-        "The share of its attention that the position which writes the answer gives to what is shown, heads averaged, with a 95 % bootstrap interval. Windows: "
+        f"Left, the share of its attention that the position which writes the answer gives to what is shown, heads averaged, with a 95 % bootstrap interval"
+        f"{_gap_words(names)}. Windows: "
         + ", ".join(f"{name} {first} to {last}" for name, (first, last) in summary["windows"].items()) + ".", "",
         *_tables(summary, names),
         "## Heads", "", "![heads](figures/heads.png)", "", *_heads(summary, names),
@@ -131,6 +138,12 @@ def report(summary: Summary, setting: Setting) -> str:
         "carried out.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _gap_words(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"; right, {COMPARISONS[names[0]][0]} less {COMPARISONS[names[0]][1]}, to questions of one kind"
 
 
 def _verdict(name: str, found: dict[str, Any]) -> str:
@@ -147,11 +160,11 @@ def _verdict(name: str, found: dict[str, Any]) -> str:
     elif one["high"] < 0.5 and one["p"] < LEVEL:
         says = "much attention to the picture goes with them, against the paper"
     else:
-        says = "attention to the picture does not tell them apart"
+        says = "attention to the picture does not tell them apart, as far as can be told"
     gap = one["over_answer"]
     return (
         f"{what.capitalize()} (n = {found['n_detected']}) beside {beside} (n = {found['n_beside']}): **{says}**. SVAR of the {window} layers has an AUROC of "
-        f"{_auroc(one)} (permuted labels {one['null_low']:.2f} to {one['null_high']:.2f}, p = {one['p']:.3f}); how unsure the answer is has {_auroc(found['detected']['answer'])}, "
+        f"{_auroc(one)} (permuted labels {one['null_low']:.2f} to {one['null_high']:.2f}, p = {one['p']:.4f}); how unsure the answer is has {_auroc(found['detected']['answer'])}, "
         f"a difference of {gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})."
     )
 
@@ -163,7 +176,7 @@ def _tables(summary: Summary, names: Sequence[str]) -> list[str]:
     for name in names:
         found = summary["comparisons"][name]
         lines += [
-            f"{COMPARISONS[name][0].capitalize()} ({found['n_detected']}) beside {COMPARISONS[name][1]} ({found['n_beside']}), {found['n_strata']} kinds of question and answer:", "",
+            f"{COMPARISONS[name][0].capitalize()} ({found['n_detected']}) beside {COMPARISONS[name][1]} ({found['n_beside']}); kinds of question and answer: {found['n_strata']}.", "",
             "| sign | AUROC | permuted labels | p | average precision | of any sign | AUROC less the answer's |", "|---|---|---|---|---|---|---|",
             *(_line(sign, one) for sign, one in found["detected"].items()), "",
         ]  # fmt: skip
@@ -180,7 +193,7 @@ def _line(sign: str, one: dict[str, Any]) -> str:
     over = "-" if gap is None else f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
     name = "the answer's own probability" if sign == "answer" else f"SVAR, {sign} layers"
     return (
-        f"| {name} | {_auroc(one)} | {one['null_low']:.2f} to {one['null_high']:.2f} | {one['p']:.3f} | {one['ap']:.2f} ({one['ap_low']:.2f} to {one['ap_high']:.2f}) | "
+        f"| {name} | {_auroc(one)} | {one['null_low']:.2f} to {one['null_high']:.2f} | {one['p']:.4f} | {one['ap']:.2f} ({one['ap_low']:.2f} to {one['ap_high']:.2f}) | "
         f"{one['base']:.2f} | {over} |"
     )
 

@@ -129,29 +129,41 @@ def detect(scores: Scores, positive: Flags, strata: Strata | None = None, seed: 
     return Detection(*(float(number) for number in found))
 
 
-def centred(values: Float[np.ndarray, "example *rest"], strata: Strata | None) -> Float[np.ndarray, "example *rest"]:
-    """The values less the mean of their stratum, so that what differs between kinds of questions alone is gone."""
-    if strata is None:
-        return values
-    made = values.astype(np.float64)
-    for group in np.unique(strata):
-        made[strata == group] -= made[strata == group].mean(0)
-    return made
-
-
 def difference(
     values: Float[np.ndarray, "example *rest"], positive: Flags, strata: Strata | None = None, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the positives less mean of the negatives (...), and two-sided p-values of permuted labels (...)."""
-    flat = centred(values, strata).reshape(len(values), -1).astype(np.float64)
-    n, total = int(positive.sum()), flat.sum(0)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """How the positives differ from the negatives of their own stratum: the mean, its interval, and two-sided p-values (... each).
 
-    def gap(labels: np.ndarray) -> np.ndarray:
-        ours = labels.astype(np.float64) @ flat
-        return ours / n - (total - ours) / (len(flat) - n)
-
-    observed, larger = gap(positive[None])[0], np.ones(flat.shape[1])
+    Strata weigh as many positives as they have; one that lacks a sort is left out. The interval is a bootstrap within the classes,
+    the p-values are those of labels that change places within strata. Raises DataError where nothing can be compared.
+    """
+    groups = np.zeros(len(values), dtype=int) if strata is None else strata
+    _pairs(np.zeros(len(values)), positive, strata)  # refuses what cannot be compared
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    observed = _gaps(flat, positive[None].astype(float), (~positive[None]).astype(float), groups)[0]
+    draws, larger = np.empty((RESAMPLES, flat.shape[1])), np.ones(flat.shape[1])
+    ours, theirs = np.zeros((2, RESAMPLES, len(flat)))
+    ours[:, positive], theirs[:, ~positive] = _weights(positive, seed, RESAMPLES)
     labels = permuted_labels(positive, strata, seed)
-    for start in range(0, len(labels), BLOCK):
-        larger += (np.abs(gap(labels[start : start + BLOCK])) >= np.abs(observed) - 1e-12).sum(0)
-    return observed.reshape(values.shape[1:]), (larger / (len(labels) + 1)).reshape(values.shape[1:])
+    for start in range(0, RESAMPLES, BLOCK):
+        part = slice(start, start + BLOCK)
+        draws[part] = _gaps(flat, ours[part], theirs[part], groups)
+        null = _gaps(flat, labels[part].astype(float), (~labels[part]).astype(float), groups)
+        larger += (np.abs(null) >= np.abs(observed) - 1e-12).sum(0)
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    shape = values.shape[1:]
+    return observed.reshape(shape), low.reshape(shape), high.reshape(shape), (larger / (RESAMPLES + 1)).reshape(shape)
+
+
+def _gaps(flat: np.ndarray, ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(draw column): weighted mean of the positives less that of the negatives, stratum by stratum."""
+    total, weight = np.zeros((len(ours), flat.shape[1])), np.zeros((len(ours), 1))
+    for group in np.unique(groups):
+        own = groups == group
+        a, b = ours[:, own], theirs[:, own]
+        n, m = a.sum(1, keepdims=True), b.sum(1, keepdims=True)
+        gap = (a @ flat[own]) / np.maximum(n, 1) - (b @ flat[own]) / np.maximum(m, 1)
+        total += np.where(m > 0, n * gap, 0.0)
+        weight += np.where(m > 0, n, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return total / weight

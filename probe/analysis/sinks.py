@@ -59,9 +59,7 @@ def image_centric(
     return (attention.sum(-1) >= min_mass) & (sink_share(attention, sinks) <= max_share)
 
 
-def on_background(
-    sinks: Bool[np.ndarray, "layer position"], background: Bool[np.ndarray, " position"]
-) -> tuple[float, float]:
+def on_background(sinks: Bool[np.ndarray, "layer position"], background: Bool[np.ndarray, " position"]) -> tuple[float, float]:
     """The share of sinks that lie on the background, layers taken together, and the share that places drawn at random would have.
 
     NaN where there is no sink.

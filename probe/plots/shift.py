@@ -37,7 +37,11 @@ def _lines(found: Mapping[str, Any]) -> list[Line]:
 def shifts(summary: Summary) -> Pair:
     """Shift with and without the first position, beside shuffled layers and other examples."""
     readings = {"with the first position": summary["shift"], "without it": summary["shift_without_first"]}
-    kinds = (("own", "the example's own", COLOURS[0]), ("others", "other examples", COLOURS[4]), ("shuffled", "shuffled layers", GREY))
+    kinds = (
+        ("own", "the example's own", COLOURS[0]),
+        ("others", "other examples", COLOURS[4]),
+        ("shuffled", "shuffled layers", GREY),
+    )
     series = []
     for key, name, colour in kinds:
         found = {label: one if key == "own" else one[key] for label, one in readings.items()}

@@ -9,7 +9,11 @@ from probe.plots.panels import GREY, Line, Pair
 from probe.plots.style import COLOURS
 
 Summary = Mapping[str, Any]
-LINES = {"shown": ("what is shown", COLOURS[2], False), "text": ("words", COLOURS[0], False), "control": ("control", GREY, True)}
+LINES = {
+    "shown": ("what is shown", COLOURS[2], False),
+    "text": ("words", COLOURS[0], False),
+    "control": ("control", GREY, True),
+}
 
 
 def scores(summary: Summary) -> Pair:
@@ -52,7 +56,10 @@ def hiding(summary: Summary) -> Pair:
     known = {label: summary["paired"][group]["log_prob"] for group, label in names.items() if summary["paired"][group]}
     whole = {"all that is shown": summary["cause"]["everything"]["log_prob"]}
     own = {label: one["own"] for label, one in known.items()}
-    effect = [("hidden", {**own, **whole}, COLOURS[1]), ("as many random positions", {k: v["random"] for k, v in known.items()}, GREY)]
+    effect = [
+        ("hidden", {**own, **whole}, COLOURS[1]),
+        ("as many random positions", {k: v["random"] for k, v in known.items()}, GREY),
+    ]
     gap = [("difference", {label: one["difference"] for label, one in known.items()}, COLOURS[0])]
     drawn = [("Hidden from the words", effect), ("Hidden less random", gap)] if known else [("Hidden from the words", effect)]
     return panels.values(drawn, "change of log-probability, nats", share=False, line=0.0)

@@ -15,20 +15,23 @@ TITLES = {"invented": "Things said to be there", "wrong": "Wrong answers"}
 
 
 def ratios(summary: Summary, name: str | None) -> Pair:
-    """The attention to what is shown by layer: of all answers, and of the two sorts that are compared."""
-    lines: list[Line] = [("all answers", summary["ratio"], GREY, True)]
+    """Left, the attention to what is shown by layer; right, how the answers that are compared differ in it."""
+    drawn: list[tuple[str, list[Line]]] = [
+        ("Attention to what is shown", [("all answers", summary["ratio"], COLOURS[2], False)])
+    ]
     if name is not None:
         found = summary["comparisons"][name]
-        for side, label, number, colour in zip(
-            ("detected", "beside"), SIDES[name], ("n_detected", "n_beside"), (COLOURS[1], COLOURS[0]), strict=True
-        ):
-            lines.append((f"{label} (n = {found[number]})", found["curves"][side], colour, False))
-    title = "Attention to what is shown" if name is None else f"{TITLES[name]}: attention to what is shown"
-    figure, page = panels.curves([(title, lines)], [summary["layers"]], "layer", "share of attention")
-    figure.set_size_inches(5.6, 3.8)
+        title = f"{SIDES[name][0].capitalize()} ({found['n_detected']}) less {SIDES[name][1]} ({found['n_beside']})"
+        drawn.append((title, [("difference", found["by_layer"], COLOURS[0], False)]))
+    figure, page = panels.curves(drawn, [summary["layers"]] * len(drawn), "layer", "share of attention", share=False)
+    figure.set_size_inches(4.3 * len(drawn), 3.6)
     start, stop = summary["windows"].get("middle", summary["windows"]["all"])
-    figure.axes[0].axvspan(start - 0.25, stop + 0.25, color="#F2F2F2", zorder=0, linewidth=0)
-    page.add_vrect(x0=start - 0.25, x1=stop + 0.25, fillcolor="#F2F2F2", layer="below", line_width=0, annotation_text="middle")
+    for column, axis in enumerate(figure.axes, 1):
+        axis.axvspan(start - 0.25, stop + 0.25, color="#F2F2F2", zorder=0, linewidth=0)
+        page.add_vrect(x0=start - 0.25, x1=stop + 0.25, fillcolor="#F2F2F2", layer="below", line_width=0, row=1, col=column)
+    if name is not None:
+        figure.axes[1].axhline(0, color=GREY, linewidth=0.9, linestyle=":")
+        page.add_hline(y=0, line_dash="dot", line_color=GREY, row=1, col=2)
     return figure, page
 
 
@@ -49,7 +52,9 @@ def heads(summary: Summary, names: Sequence[str]) -> Pair:
     mass = np.array(summary["heads"])
     rows, columns = [str(layer) for layer in summary["layers"]], [str(head) for head in range(mass.shape[1])]
     if not names:
-        return panels.tables(["Attention to what is shown"], [mass], rows, columns, (0, 1), "Blues", "share", down="layer", across="head")
+        return panels.tables(
+            ["Attention to what is shown"], [mass], rows, columns, (0, 1), "Blues", "share", down="layer", across="head"
+        )
     found = summary["comparisons"][names[0]]
     gap, clear = np.array(found["difference"]), np.array(found["q"], dtype=float) < 0.05
     reach = float(np.abs(gap).max()) or 1.0
@@ -64,7 +69,10 @@ def heads(summary: Summary, names: Sequence[str]) -> Pair:
             image = axis.imshow(table, vmin=limits[0], vmax=limits[1], cmap=colours, aspect="auto")
             figure.colorbar(image, ax=axis, shrink=0.9)
             axis.set(title=name, xlabel="head", ylabel="layer")
-            for places, labels, put in ((range(len(columns)), columns, axis.set_xticks), (range(len(rows)), rows, axis.set_yticks)):
+            for places, labels, put in (
+                (range(len(columns)), columns, axis.set_xticks),
+                (range(len(rows)), rows, axis.set_yticks),
+            ):
                 step = -(-len(labels) // 16)
                 put(list(places)[::step], list(labels)[::step])
             axis.grid(False)
