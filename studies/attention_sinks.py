@@ -175,7 +175,8 @@ def _score_rows(reading: SinkReading, plan: Plan) -> list[dict[str, Any]]:
     rows = [_row("count", key, counts(phi, (*THRESHOLDS, plan.tau)), phi.shape[1]) for key, phi in named.items()]
     rows += [_row("largest", key, phi.max(1)) for key, phi in named.items()]
     centric = image_centric(reading.attention, sinks, plan.min_mass, plan.max_share)
-    share = np.where(sinks.any(1)[:, None], sink_share(reading.attention, sinks), np.nan)
+    share = sink_share(reading.attention, sinks)
+    share[~sinks.any(1)] = np.nan  # a layer without sinks has no share of them
     return [
         *rows, _row("first", "phi", reading.phi_text[:, 0]), _row("mass", "", reading.attention.sum(-1)), _row("sink_share", "", share),
         _row("centric", "", centric), _row("correlation", "", attention_and_score(reading.attention, reading.phi)),

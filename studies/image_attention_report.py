@@ -130,7 +130,7 @@ def report(summary: Summary, setting: Setting) -> str:
         *([f"- {summary['n_skipped']} examples could not be used; the first: {summary['skipped'][0]}"] if summary["n_skipped"] else []), "",
         "![image attention](figures/image-attention.png)", "",
         f"Left, the share of its attention that the position which writes the answer gives to what is shown, heads averaged, with a 95 % bootstrap interval"
-        f"{_gap_words(names)}. Windows: "
+        f"{_gap_words(names)}. Shaded: the middle layers. Windows: "
         + ", ".join(f"{name} {first} to {last}" for name, (first, last) in summary["windows"].items()) + ".", "",
         *_tables(summary, names),
         "## Heads", "", "![heads](figures/heads.png)", "", *_heads(summary, names),

@@ -28,4 +28,4 @@ def svar(
     `recorded` are the layers that the ratios are of, where some have no attention to record.
     """
     known = list(range(ratio.shape[-2])) if recorded is None else recorded
-    return ratio[..., [layer in layers for layer in known], :].mean(-1).sum(-1)
+    return np.asarray(ratio[..., [layer in layers for layer in known], :].mean(-1).sum(-1))

@@ -53,7 +53,7 @@ def heads(summary: Summary, names: Sequence[str]) -> Pair:
     rows, columns = [str(layer) for layer in summary["layers"]], [str(head) for head in range(mass.shape[1])]
     if not names:
         return panels.tables(
-            ["Attention to what is shown"], [mass], rows, columns, (0, 1), "Blues", "share", down="layer", across="head"
+            ["Attention to what is shown"], [mass], rows, columns, (0.0, 1.0), "Blues", "share", down="layer", across="head"
         )
     found = summary["comparisons"][names[0]]
     gap, clear = np.array(found["difference"]), np.array(found["q"], dtype=float) < 0.05
