@@ -61,7 +61,7 @@ def attended(subject: Subject) -> list[int]:
     """The layers that have attention to read. Raises StudyError where there are too few for a correlation over layers."""
     layers = [layer for layer, name in enumerate(subject.anatomy.attention) if name is not None]
     if len(layers) < 3:
-        raise StudyError(f"{len(layers)} layers with attention are too few for a correlation over layers: it takes at least 3")
+        raise StudyError(f"a correlation over layers takes at least 3 with attention: this model has {len(layers)}")
     return layers
 
 

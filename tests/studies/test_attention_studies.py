@@ -163,7 +163,7 @@ def test_other_architectures(toy, tmp_path, name, family, undrawn):
     made = [replace(e, answer="yes", context="a dog in the park .") for e in toys.pair(subject)]
     setting = Setting(subject, Data("toys", tuple(made), "t"), tmp_path / "r")
     if (name, family) == ("shift", "qwen3_5"):  # one of its layers attends
-        with pytest.raises(StudyError, match="1 layers with attention are too few for a correlation over layers"):
+        with pytest.raises(StudyError, match="takes at least 3 with attention: this model has 1"):
             attention_shift(setting)
         return
     options = OPTIONS[name] | ({"method": "naive"} if (name, family) == ("sinks", "qwen3_5") else {})
