@@ -68,10 +68,11 @@ def _compare(
 ) -> dict[str, Any]:  # fmt: skip
     """One comparison; `detected` is None where there are too few answers of a sort."""
     flags, strata = flags[chosen], strata[chosen]
+    total = {"all_detected": int(flags.sum()), "all_beside": int((~flags).sum())}
     both = [group for group in np.unique(strata) if 0 < flags[strata == group].sum() < (strata == group).sum()]
     usable = np.isin(strata, both)  # a stratum that is all right or all wrong has nothing to compare
     flags, strata, ratio, prob = flags[usable], strata[usable], ratio[chosen][usable], prob[chosen][usable]
-    counts = {"n_detected": int(flags.sum()), "n_beside": int((~flags).sum()), "n_strata": len(both)}
+    counts = {**total, "n_detected": int(flags.sum()), "n_beside": int((~flags).sum()), "n_strata": len(both)}
     if min(counts["n_detected"], counts["n_beside"]) < FEW:
         return {**counts, "detected": None}
     low = {name: -values[chosen][usable] for name, values in scores.items()}  # little attention is the sign
@@ -150,8 +151,8 @@ def _verdict(name: str, found: dict[str, Any]) -> str:
     what, beside = COMPARISONS[name]
     if found["detected"] is None:
         return (
-            f"**Not tested**: {what} ({found['n_detected']}) beside {beside} ({found['n_beside']}) to the same kind of question are too few; "
-            f"it takes {FEW} of each. More examples, or a weaker model, would tell."
+            f"**Not tested**: of {what} ({found['all_detected']}) and {beside} ({found['all_beside']}), {found['n_detected']} and {found['n_beside']} answer the same kind of "
+            f"question and are too few; it takes {FEW} of each. More examples, or a weaker model, would tell."
         )
     window = "middle" if "middle" in found["detected"] else "all"
     one = found["detected"][window]

@@ -137,6 +137,7 @@ def test_existence_on_the_demo_is_asked_as_often_as_there_were_examples(subject,
     assert found["existence"]
     assert "invented" in found["comparisons"]
     assert all(one["detected"] is None for one in found["comparisons"].values())  # six are too few
+    assert sum(found["comparisons"]["wrong"][key] for key in ("all_detected", "all_beside")) == 6
     assert "**Not tested**" in (tmp_path / "r" / "report.md").read_text()
 
 
