@@ -25,6 +25,18 @@ STUDIES: dict[str, tuple[str, str]] = {
         "studies.implicit_alignment",
         "Are perceptual and textual tokens implicitly aligned inside the language model, and does that predict what it can do?",
     ),
+    "attention-shift": (
+        "studies.attention_shift",
+        "Does attention to the words before and after what is shown move alike through the layers?",
+    ),
+    "attention-sinks": (
+        "studies.attention_sinks",
+        "Which tokens of what is shown are sinks, and does it matter where their attention goes?",
+    ),
+    "image-attention": (
+        "studies.image_attention",
+        "Does a model that looks away from the picture say what is not there?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

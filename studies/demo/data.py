@@ -1,5 +1,6 @@
 """The bundled world as a data set: held-out scenes as Examples, told in pictures, sentences, clips or sounds."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,15 @@ def _clip(scene: world.Scene) -> tuple[list[Image.Image], list[float]]:
 
 def _sound(scene: world.Scene) -> tuple[np.ndarray, int]:
     return sound.play(scene, held_out=True)[0], sound.RATE
+
+
+def furnished(example: Example) -> Example:
+    """The example with a region for every thing in its picture, not only those that it asks about; as it is without such a picture."""
+    shown = example.images[0] if example.images else None
+    if not (isinstance(shown, partial) and shown.func is _picture):
+        return example
+    boxes = picture.draw(shown.args[0], held_out=True)[1]
+    return replace(example, regions=tuple(Region(box, f"{thing.colour} {thing.name}") for thing, box in boxes.items()))
 
 
 def chance(items: list[Example]) -> float:
