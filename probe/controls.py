@@ -85,14 +85,15 @@ def _changed(
     """The example with a change of each kind of medium; a kind without one stays as it is."""
     if not any(example.media.values()):
         raise ExampleError(f"example {example.id!r} shows nothing that could be changed")
-    key = (seed, crc32(example.id.encode()))
-    images: Any = tuple(partial(_picture, p, pixels, (*key, i)) for i, p in enumerate(example.images))
-    videos: Any = tuple(_video(v, frames, (*key, i)) for i, v in enumerate(example.videos)) if frames else example.videos
-    sounds: Any = tuple(partial(_sound, s, samples, (*key, i)) for i, s in enumerate(example.sounds))
-    return replace(
-        example, images=images if pixels else example.images, videos=videos, sounds=sounds if samples else example.sounds,
-        regions=() if pixels else example.regions,
-    )  # fmt: skip
+    key, made = (seed, crc32(example.id.encode())), dict[str, Any]()
+    if pixels:
+        made["images"] = tuple(partial(_picture, one, pixels, (*key, i)) for i, one in enumerate(example.images))
+        made["regions"] = ()
+    if frames:
+        made["videos"] = tuple(_video(one, frames, (*key, i)) for i, one in enumerate(example.videos))
+    if samples:
+        made["sounds"] = tuple(partial(_sound, one, samples, (*key, i)) for i, one in enumerate(example.sounds))
+    return replace(example, **made)
 
 
 def _picture(picture: Picture, change: Pixels, key: tuple[int, ...]) -> Image.Image:

@@ -5,7 +5,7 @@ positions of each modality; the game's value is the log probability of the first
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from probe.analysis.modality import shapley
 from probe.edits import Knockout
 from probe.errors import EditError, ExampleError
 from probe.example import Example
+from probe.media import open_picture
 from probe.subject import Subject
 from probe.tokens import TokenMap
 from probe.tracing import last_logits, trace
@@ -60,6 +61,7 @@ def contributions(
         raise EditError(
             f"some layers of this {subject.anatomy.family} model have no softmax attention: no token can be hidden from them"
         )
+    example = replace(example, images=tuple(open_picture(picture) for picture in example.images))  # decoded once
     encoded = subject.encode(example)
     found = players_of(encoded.maps[0], example, groups)
     token = int(last_logits(subject, encoded)[0].argmax())
