@@ -126,7 +126,7 @@ def _controls(summary: Summary) -> list[str]:
         SPOILT[name] for name, one in summary["controls"].items() if not (one["q"] < LEVEL and one["fall"]["value"] > 0)
     ]
     said = (
-        f"Without a clear fall: {', '.join(harmless)}. There, the answers do not show that the medium is used."
+        f"Without a clear fall: {', '.join(harmless)}. There, the answers do not show that what was taken away is used."
         if harmless
         else "Each of them costs accuracy: the answers use the medium."
     )
@@ -136,7 +136,7 @@ def _controls(summary: Summary) -> list[str]:
 def _shares(summary: Summary) -> list[str]:
     found = summary["shares"]
     told = "; ".join(
-        f"{NOUN[m]} {one['value']:.1%} ({one['low']:.1%} to {one['high']:.1%}) with {found['even'][m]['value']:.1%} of the groups"
+        f"{'words' if m == 'text' else NOUN[m]} {one['value']:.1%} ({one['low']:.1%} to {one['high']:.1%}) with {found['even'][m]['value']:.1%} of the groups"
         for m, one in found["share"].items()
     )
     return [

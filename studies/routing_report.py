@@ -15,7 +15,7 @@ from studies.study import Setting, Summary
 from studies.work import curve, interval, picked, skipped
 
 LEVEL, TWICE = 0.05, 2.0  # a unit leans to a modality: false discovery rate, and how many times as often it is used
-COLUMNS = 64  # more units than these are shown as as many quantiles
+COLUMNS, QUANTILES = 64, 21  # more units than these are shown as quantiles
 
 
 def summarise(rows: pa.Table, kind: str, layers: Sequence[int], n_layers: int, share: float, seed: int) -> Summary:
@@ -116,7 +116,7 @@ def _lean(
 
 def _columns(gap: np.ndarray) -> list[float]:
     """A unit's difference in each column; many units as evenly spaced quantiles, the least first."""
-    found = gap if len(gap) <= COLUMNS else np.quantile(gap, np.linspace(0, 1, COLUMNS))
+    found = gap if len(gap) <= COLUMNS else np.quantile(gap, np.linspace(0, 1, QUANTILES))
     return [float(value) for value in found]
 
 

@@ -22,7 +22,7 @@ def _known(found: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 def subsets_figure(summary: Summary) -> Pair:
     """How often each subset of modalities is answered rightly, and how likely it makes the right answer."""
     panels: list[tuple[str, list[Series]]] = [
-        (title, [(title, _known({name: one[key] for name, one in summary["subsets"].items()}), colour(k))])
+        (title, [("value", _known({name: one[key] for name, one in summary["subsets"].items()}), colour(k))])
         for k, (title, key) in enumerate((("Accuracy", "accuracy"), ("Probability of the right answer", "prob")))
     ]
     return values(panels, "share", share=True)
@@ -63,8 +63,8 @@ def controls_figure(summary: Summary) -> Pair:
     accuracy = {LABELS["intact"]: summary["accuracy"], **{LABELS[name]: one["accuracy"] for name, one in found.items()}}
     agreement = {LABELS[name]: one["agreement"] for name, one in found.items()}
     panels: list[tuple[str, list[Series]]] = [
-        ("Accuracy", [("accuracy", _known(accuracy), COLOURS[0])]),
-        ("The same answer as intact", [("agreement", _known(agreement), COLOURS[1])]),
+        ("Accuracy", [("value", _known(accuracy), COLOURS[0])]),
+        ("The same answer as intact", [("value", _known(agreement), COLOURS[1])]),
     ]
     return values(panels, "share")
 
