@@ -36,8 +36,7 @@ def balance(counts: Counts) -> Float[np.ndarray, " modality"]:
 def jensen_shannon(counts: Float[np.ndarray, "*rest modality unit"]) -> Float[np.ndarray, "*rest"]:
     """Jensen-Shannon divergence between the modalities' distributions, each with the same weight, in [0, ln(modalities)] nats."""
     p = distributions(counts)
-    made: np.ndarray = np.maximum(0.0, entropy(p.mean(-2)) - entropy(p).mean(-1))
-    return made
+    return np.asarray(np.maximum(0.0, entropy(p.mean(-2)) - entropy(p).mean(-1)))
 
 
 def mutual_information(counts: Float[np.ndarray, "*rest modality unit"]) -> Float[np.ndarray, "*rest"]:
@@ -45,13 +44,13 @@ def mutual_information(counts: Float[np.ndarray, "*rest modality unit"]) -> Floa
 
     Over single uses: a token that uses k units counts k times. At most the entropy of the modalities.
     """
-    total = counts.sum((-2, -1))
+    total = np.asarray(counts.sum((-2, -1)))
     uses = counts.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         joint = counts / total[..., None, None]
         weights = uses / total[..., None]
-    made: np.ndarray = np.maximum(0.0, entropy(joint.sum(-2)) + entropy(weights) - entropy(joint.reshape(*total.shape, -1)))
-    return made
+    apart = entropy(joint.sum(-2)) + entropy(weights)
+    return np.asarray(np.maximum(0.0, apart - entropy(joint.reshape(*total.shape, -1))))
 
 
 def count_uses(used: Bool[np.ndarray, "token unit"], labels: Int[np.ndarray, "*rest token"], modalities: int) -> np.ndarray:

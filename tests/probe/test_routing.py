@@ -166,7 +166,7 @@ def test_a_dense_model_has_no_experts(toy):
         routed_layers(toy("llava"), "experts")
     with pytest.raises(EditError, match="no feed-forward neurons to read"):
         routed_layers(toy("qwen3_vl_moe"), "neurons")
-    with pytest.raises(EditError, match="between 0 and 1, not at 1"), watching_neurons(toy("llava"), print, 1):
+    with pytest.raises(EditError, match="between 0 and 1, not at 1"), watching_neurons(toy("llava"), print, 1.0):
         pass
 
 

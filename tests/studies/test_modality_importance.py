@@ -36,6 +36,12 @@ def done(subject, data, tmp_path_factory):
     return out, modality_importance(Setting(subject, data, out, batch=4), shap_limit=2, shap_groups=2, shap_orders=2)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Studies whose figures are not what a test is about."""
+    monkeypatch.setattr("studies.modality_importance_report.figures", lambda run, summary: None)
+
+
 def numbers(value, path=""):
     if isinstance(value, dict):
         return {k: v for name, one in value.items() for k, v in numbers(one, f"{path}/{name}").items()}
@@ -112,7 +118,7 @@ def test_no_number_is_missing_and_figures_and_report_are_there(done):
     assert "Which modality does each answer need?" in report
 
 
-def test_batches_and_paddings_change_no_number(done, subject, data, tmp_path):
+def test_batches_and_paddings_change_no_number(undrawn, done, subject, data, tmp_path):
     _, before = done
     for batch, padding in ((1, "left"), (6, "right")):
         again = modality_importance(
@@ -124,11 +130,11 @@ def test_batches_and_paddings_change_no_number(done, subject, data, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "medium"), [("qwen2_audio", "audio"), ("llava_onevision", "video")])
-def test_clips_and_sounds_have_their_controls(toy, tmp_path, family, medium):
+def test_clips_and_sounds_have_their_controls(undrawn, toy, tmp_path, family, medium):
     subject, items = toy(family), []
-    for example in toys.pair(subject):
+    for number, example in enumerate(toys.pair(subject)):
         bare = replace(example, images=(), sounds=(), regions=(), answer="yes", context="a dog ran")
-        clip = tuple(toys.picture(28, 28, i) for i in range(3)), (0.0, 0.5, 1.0)
+        clip = tuple(toys.picture(28, 28, 3 * number + i) for i in range(3)), (0.0, 0.5, 1.0)
         items.append(
             replace(bare, sounds=example.sounds) if medium == "audio" else replace(bare, videos=(lambda clip=clip: clip,))
         )
@@ -158,7 +164,7 @@ def test_one_modality_alone_has_controls_and_a_baseline_only(subject, data, tmp_
     assert "importance beside others is not defined" in (tmp_path / "r" / "report.md").read_text()
 
 
-def test_what_a_family_does_not_permit_is_counted(toy, tmp_path):
+def test_what_a_family_does_not_permit_is_counted(undrawn, toy, tmp_path):
     subject = toy("blip2")
     items = tuple(replace(e, answer="yes") for e in toys.pair(subject))
     summary = modality_importance(Setting(subject, Data("pair", items, "1"), tmp_path / "r"), max_new_tokens=2, shap_limit=0)
@@ -167,7 +173,7 @@ def test_what_a_family_does_not_permit_is_counted(toy, tmp_path):
     assert "cannot be asked anything without a picture" in (tmp_path / "r" / "report.md").read_text()
 
 
-def test_examples_that_cannot_be_used_are_named(subject, data, tmp_path):
+def test_examples_that_cannot_be_used_are_named(undrawn, subject, data, tmp_path):
     good = data.examples[:2]
     others = (Example("blind", "color of circle", answer="red"), replace(good[0], id="open", answer=None))
     summary = modality_importance(Setting(subject, Data("mixed", (*good, *others), "1"), tmp_path / "r"), shap_limit=0)

@@ -29,6 +29,12 @@ def done(subject, tmp_path_factory):
     return out, routing(Setting(subject, load_data("demo", 6), out, batch=4))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Studies whose figures are not what a test is about."""
+    monkeypatch.setattr("studies.routing_report.figures", lambda run, summary: None)
+
+
 def pairs(subject, count=6):
     """More toy examples than two, so that tests over examples have something to test."""
     first, second = toys.pair(subject)
@@ -93,7 +99,7 @@ def test_experts_are_counted_as_a_slow_loop_counts_them(toy, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "llava"])
-def test_batches_and_paddings_change_no_number(toy, tmp_path, family):
+def test_batches_and_paddings_change_no_number(undrawn, toy, tmp_path, family):
     subject = toy(family)
     data = pairs(subject)
     first, *others = (
@@ -105,7 +111,7 @@ def test_batches_and_paddings_change_no_number(toy, tmp_path, family):
         assert {k: (v, first[k]) for k, v in other.items() if abs(v - first[k]) > 1e-4} == {}
 
 
-def test_sounds_are_compared_with_words(toy, tmp_path):
+def test_sounds_are_compared_with_words(undrawn, toy, tmp_path):
     subject = toy("qwen2_audio")
     items = tuple(replace(e, id=f"{e.id}{i}") for i in range(2) for e in toys.pair(subject))
     summary = routing(Setting(subject, Data("sounds", items, "1"), tmp_path / "r"))
@@ -113,7 +119,7 @@ def test_sounds_are_compared_with_words(toy, tmp_path):
     assert list(summary["media"]) == ["audio"]
 
 
-def test_what_cannot_be_read_is_refused_by_name(toy, subject, tmp_path):
+def test_what_cannot_be_read_is_refused_by_name(undrawn, toy, subject, tmp_path):
     data = load_data("demo", 2)
     with pytest.raises(EditError, match="has no mixture of experts: read its neurons instead"):
         routing(Setting(subject, data, tmp_path / "a"), units="experts")
@@ -129,7 +135,7 @@ def test_what_cannot_be_read_is_refused_by_name(toy, subject, tmp_path):
         labels_of(mllama.encode(example).maps[0], example)
 
 
-def test_one_blind_example_is_counted_and_skipped(subject, tmp_path):
+def test_one_blind_example_is_counted_and_skipped(undrawn, subject, tmp_path):
     data = Data("mixed", (*load_data("demo", 3).examples, Example("blind", "color of circle")), "1")
     summary = routing(Setting(subject, data, tmp_path / "r"))
     assert (summary["n"], summary["n_skipped"]) == (3, 1)
