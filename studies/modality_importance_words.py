@@ -28,6 +28,11 @@ def report(summary: Summary, setting: Setting) -> str:
     lines = ["# Modality importance", "", f"*Which modality does each answer need?* {_answer(summary)}", "",
              f"`{setting.subject.name}` on {summary['n']} questions of `{setting.data.name}`, of which {summary['n_compared']} come with two or "
              "more modalities. Intervals are 95 % over questions; comparisons are paired.", ""]  # fmt: skip
+    if setting.data.name.startswith("demo") and summary["n_compared"]:
+        lines += [
+            "The context is the text twin of the scene: it says what the medium shows, so that either is enough for a model that takes both.",
+            "",
+        ]
     lines += _left_out(summary)
     lines += ["## Answers from every subset", "", "![answers](figures/answers-by-subset.png)", "", _subsets(summary), ""]
     if summary["n_compared"]:
@@ -92,7 +97,10 @@ def _categories(summary: Summary) -> list[str]:
 
 def _exchanged(summary: Summary) -> list[str]:
     """Validation: a modality that mattered must matter less once it is another example's."""
-    lines = ["If the score means what it says, a modality's importance falls once it tells of another example:", ""]
+    lines = [
+        "If the score means what it says, the importance of a modality that is needed falls once it tells of another example; one that only "
+        "repeats what the others say has little to lose:", "",
+    ]  # fmt: skip
     for m, one in summary["exchanged"].items():
         if not one["n"]:
             lines.append(f"- no {NOUN[m]} could be exchanged")

@@ -187,7 +187,8 @@ def _divergence(summary: Mapping[str, Any]) -> list[str]:
         "## By layer", "", "![divergence](figures/divergence.png)", "",
         f"Each example's own divergence and information, averaged, with 95 % intervals over examples; the null moves the labels of the same example's "
         f"tokens along its sequence, which keeps neighbours together. The divergence is furthest above it at layer {top}. A use tells "
-        f"{_number(mi['overall'])} nats about its token's modality, with moved labels {_number(mi['overall_null'])}.", "",
+        f"{_number(mi['overall'])} nats about its token's modality, with moved labels {_number(mi['overall_null'])}. States that differ by modality are enough for this, under an untrained router too: it says that "
+        f"the {summary['units']} are divided, not that training divided them.", "",
     ]  # fmt: skip
 
 
