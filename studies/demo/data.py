@@ -69,6 +69,14 @@ def furnished(example: Example) -> Example:
     return replace(example, regions=tuple(Region(box, f"{thing.colour} {thing.name}") for thing, box in boxes.items()))
 
 
+def twin(example: Example) -> str:
+    """The scene of one of these examples as a sentence; empty for an example that shows no scene of this world."""
+    shown = [medium for media in example.media.values() for medium in media]
+    makers = (_picture, _clip, _sound)
+    scenes = [one.args[0] for one in shown if isinstance(one, partial) and one.func in makers]
+    return world.twin(scenes[0]) if len(scenes) == len(shown) == 1 else ""
+
+
 def chance(items: list[Example]) -> float:
     """Accuracy of the best constant answer to each kind of question."""
     by_kind: dict[str, list[str]] = {}
