@@ -25,7 +25,7 @@ def resolve_patch(patch: Patch, token_map: TokenMap) -> Put:
     """Raises EditError for a value that has not a row for each position."""
     positions = token_map.positions(patch.positions)
     patch.check(len(positions))
-    kept = np.nonzero(np.isin(positions, token_map.positions("real")))[0]
+    kept = np.nonzero([token_map.segments[position] != "pad" for position in positions])[0]
     return Put(patch, torch.from_numpy(kept), torch.from_numpy(positions[kept]), len(positions))
 
 
