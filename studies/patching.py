@@ -22,7 +22,7 @@ from probe.patching import SITES, STREAM, Activations, Attribution, attribute, c
 from probe.replay import sweep
 from probe.subject import Encoded, Subject
 from studies.data import Data
-from studies.pairs import Pair, begin, check_pair, groups_of, pairs_of
+from studies.pairs import ROLES, Pair, begin, check_pair, groups_of, pairs_of
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, study
 from studies.work import Rows, read_units, sift
@@ -163,10 +163,10 @@ def _tokens(subject: Subject, pair: Pair, told: tuple[str, str], plan: Plan) -> 
     Raises DataError for a pair that it does not answer correctly, where only such pairs count, or whose answers begin alike.
     """
     answers = []
-    for example, said in zip((pair.clean, pair.corrupt), told, strict=True):
+    for role, example, said in zip(ROLES, (pair.clean, pair.corrupt), told, strict=True):
         right = said.strip().lower().rstrip(".") == (example.answer or "").strip().lower()
         if plan.only_correct and not right:
-            raise DataError(f"{example.id} is answered {said!r}, not {example.answer!r}")
+            raise DataError(f"its {role} question is answered {said!r}, not {example.answer!r}")
         answers.append(said if right else (example.answer or ""))
     return begin(subject, pair, answers)
 

@@ -116,7 +116,7 @@ def _heads(summary: Summary) -> list[str]:
         for layer, head in order[:5]
     ]
     return [
-        f"Of {q.size} heads, {count} bring back more than nothing at the last position (one-sided sign-flip test, false discovery rate 5 %). "
+        f"Heads that bring back more than nothing at the last position (one-sided sign-flip test, false discovery rate 5 %): {count} of {q.size}. "
         "The strongest:", "", "| layer | head | effect | 95 % interval | q |", "|---|---|---|---|---|", *rows, "",
     ]  # fmt: skip
 

@@ -15,7 +15,11 @@ GROUPS = {
 POINTS = {
     "resid_pre": "residual stream", "attn_out": "attention", "mlp_out": "feed-forward", "z": "heads",
 }  # fmt: skip
-COLOURS = {"object": colour(1), "random": colour(6), "others": colour(4), "last": colour(0)}
+COLOURS = {
+    "object": colour(1), "random": colour(6), "others": colour(4), "last": colour(0), "word": colour(2), "question": colour(3),
+    "suffix": colour(5), "header": "#7A5C3E", "context": "#8A8A8A",
+}  # fmt: skip
+BESIDE = ("object", "random", "others", "last")  # drawn as curves; the others are in the heat maps
 Sites = Mapping[str, Mapping[str, Mapping[str, Any]]]  # point, group: a curve with `layers mean low high`
 
 
@@ -28,7 +32,7 @@ def sites(found: Sites, windowed: bool = False) -> Pair:
         for one in found.values()
     ]
     return tables(
-        [POINTS[point] for point in found], values, [GROUPS[group] for group in groups], [str(layer) for layer in layers],
+        [POINTS[point] for point in found], [_shown(table) for table in values], [GROUPS[group] for group in groups], [str(layer) for layer in layers],
         (-1, 1), "RdBu_r", "effect", across="centre of the window" if windowed else "layer",
     )  # fmt: skip
 
@@ -37,7 +41,7 @@ def controlled(found: Sites, windowed: bool = False) -> Pair:
     """Effect of the object by layer beside as many random positions of its kind, all others, and the last position, with bands."""
     panels: list[tuple[str, list[Line]]] = []
     for point, one in found.items():
-        lines = [(GROUPS[g], one[g], shade, g == "random") for g, shade in COLOURS.items() if g in one]
+        lines = [(GROUPS[g], one[g], COLOURS[g], g == "random") for g in BESIDE if g in one]
         panels.append((POINTS[point], lines))
     x = [next(iter(one.values()))["layers"] for one in found.values()]
     return curves(panels, x, "centre of the window" if windowed else "layer", "effect (1: the whole fact)")
@@ -59,7 +63,7 @@ def heads(table: Sequence[Sequence[float | None]]) -> Pair:
     values = np.array(table, dtype=float).T
     reach = max(0.05, float(np.nanmax(np.abs(values))))
     return tables(
-        ["heads at the last position"], [values], [str(i) for i in range(len(values))],
+        ["heads at the last position"], [_shown(values)], [str(i) for i in range(len(values))],
         [str(i) for i in range(values.shape[1])], (-reach, reach), "RdBu_r", "effect", down="head", across="layer",
     )  # fmt: skip
 
@@ -75,15 +79,13 @@ def scatter(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
         handles: dict[str, Any] = {}
         for column, (axis, (point, groups)) in enumerate(zip(axes, found.items(), strict=True), 1):
             for name, (exact, estimate) in groups.items():
-                shade = colour(list(GROUPS).index(name)) if name in GROUPS else colour(0)
-                mark = "os^"[list(GROUPS).index(name) // 7] if name in GROUPS else "o"
-                label = GROUPS.get(name, name)
-                drawn = axis.scatter(estimate, exact, color=shade, marker=mark, s=18, alpha=0.8, linewidths=0)
+                label, shade = GROUPS[name], COLOURS[name]
+                drawn = axis.scatter(estimate, exact, color=shade, s=18, alpha=0.8, linewidths=0)
                 shown = label not in handles
                 handles.setdefault(label, drawn)
                 page.add_scatter(
                     x=list(estimate), y=list(exact), mode="markers", name=label, legendgroup=label, showlegend=shown,
-                    marker={"color": shade, "symbol": "circle" if mark == "o" else "square"}, row=1, col=column,
+                    marker={"color": shade}, row=1, col=column,
                 )  # fmt: skip
             ends = _ends(groups)
             axis.plot(ends, ends, color="#888888", linewidth=0.9, linestyle=":")
@@ -98,3 +100,8 @@ def scatter(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
 def _ends(groups: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[float]:
     every = [value for both in groups.values() for side in both for value in side]
     return [min(every), max(every)]
+
+
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Without the signs of what rounds to zero."""
+    return np.where(np.abs(values) < 0.005, 0.0, values)
