@@ -177,14 +177,14 @@ def _agreement(table: Table, seed: int) -> dict[str, Any]:
     return made
 
 
-def _scatter(table: Table) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """Mean exact effect and mean estimate of each group at each layer."""
-    made: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+def _scatter(table: Table) -> dict[str, dict[str, list[list[float]]]]:
+    """Mean exact effects and mean estimates of each group, layer by layer."""
+    made: dict[str, dict[str, list[list[float]]]] = {}
     for point in STREAM:
         for group in GROUPS:
             exact, estimate = (_known(table.values("site", point, group, column)) for column in ("effect", "attribution"))
             if len(exact) and group != "random":
-                made.setdefault(point, {})[group] = (exact.mean(0).tolist(), estimate.mean(0).tolist())
+                made.setdefault(point, {})[group] = [exact.mean(0).tolist(), estimate.mean(0).tolist()]
     return made
 
 

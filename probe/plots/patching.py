@@ -33,7 +33,7 @@ def sites(found: Sites, windowed: bool = False) -> Pair:
     ]
     return tables(
         [POINTS[point] for point in found], [_shown(table) for table in values], [GROUPS[group] for group in groups], [str(layer) for layer in layers],
-        (-1, 1), "RdBu_r", "effect", across="centre of the window" if windowed else "layer",
+        (-1.0, 1.0), "RdBu_r", "effect", across="centre of the window" if windowed else "layer",
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def heads(table: Sequence[Sequence[float | None]]) -> Pair:
     )  # fmt: skip
 
 
-def scatter(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Pair:
+def scatter(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Pair:
     """Exact effect against the estimate, a mark for each layer (mean over pairs), a colour for each group, a panel for each point."""
     from plotly.subplots import make_subplots
 
@@ -97,7 +97,7 @@ def scatter(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
     return figure, page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=440, legend={"orientation": "h", "y": -0.25})
 
 
-def _ends(groups: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[float]:
+def _ends(groups: Mapping[str, Sequence[Sequence[float]]]) -> list[float]:
     every = [value for both in groups.values() for side in both for value in side]
     return [min(every), max(every)]
 
