@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex
 
+import torch
 from torch import Tensor
 
 from probe.errors import EditError
-from probe.points import Layers, check_point
+from probe.points import Layers, check_point, head_list
 
 Group = str | Iterable[SupportsIndex]
 
@@ -53,15 +54,42 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Patch:
-    """Activations at a point of one layer replaced by given ones: `value` is (position width), or (position head dim) at z."""
+    """Activations at a point of one layer replaced by given ones: `value` is (position width), or (position head dim) at z.
+
+    Its rows are those of the positions in ascending order. At z, `heads` names the heads that are replaced, in ascending order.
+    """
 
     point: str
     layer: int
     positions: Group
     value: Tensor
+    heads: int | Iterable[int] | None = None
 
     def __post_init__(self) -> None:
         check_point(self.point)
+        if self.heads is not None and self.point != "z":
+            raise EditError(f"heads can be patched at the point z, not at {self.point}")
+
+    def check(self, positions: int, *shape: int) -> None:
+        """Raises EditError unless the value has a row of this shape (or any, where none is given) for each of the positions."""
+        wanted = (positions, *(shape or self.value.shape[1:]))
+        if tuple(self.value.shape) != wanted:
+            raise EditError(
+                f"a patch at {self.point} of {positions} positions needs a tensor of shape {wanted}, not {tuple(self.value.shape)}"
+            )
+
+    def put(self, rows: Tensor, of: Tensor, at: Tensor, positions: int) -> None:
+        """Writes rows `of` the value to places `at` of an activation, in place: (row width), or (row head dim) at z.
+
+        `positions` is how many the patch has. Raises EditError for a value of another shape, or a head that does not exist.
+        """
+        heads = None if self.heads is None else head_list(self.heads, rows.shape[1])
+        self.check(positions, *(rows.shape[1:] if heads is None else (len(heads), *rows.shape[2:])))
+        value = self.value[of.to(self.value.device)].to(rows)
+        if heads is None:
+            rows[at] = value
+        else:
+            rows[at[:, None], torch.tensor(heads, device=at.device)] = value
 
 
 Edit = Knockout | Ablate | Patch

@@ -95,6 +95,13 @@ def last_logits(
 
     `model` is called in place of the subject's own, where a backend has something to call.
     """
+    return run_to_last(subject, encoded, model)
+
+
+def run_to_last(
+    subject: Subject, encoded: Encoded, model: Callable[..., Any] | None = None
+) -> Float[Tensor, "batch vocabulary"]:
+    """What `last_logits` gives, as a function that gradients can flow through."""
     last = encoded.last
     options: dict[str, Any] = {"use_cache": False}
     # Only what is needed goes through the unembedding. A number, not a tensor: accelerate would move a tensor away.
@@ -312,13 +319,7 @@ def apply_change(change: Ablate | Patch, state: Tensor, encoded: Encoded, cached
         positions = token_map.positions(change.positions)
         at = torch.from_numpy(positions[positions >= cached] - cached).to(state.device)
         if isinstance(change, Patch):
-            value = change.value
-            if state[i, at].shape != value.shape:
-                raise EditError(
-                    f"a patch at {change.point} of {len(at)} positions needs a tensor of shape {tuple(state[i, at].shape)}, "
-                    f"not {tuple(value.shape)}"
-                )
-            state[i, at] = value.to(state)
+            change.put(state[i], torch.arange(len(at)), at, len(at))
         else:
             state[i, at] = _ablated(change, state[i, at], i)
     return state

@@ -39,6 +39,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     ),
     "modality-importance": ("studies.modality_importance", "Which modality does each answer need?"),
     "routing": ("studies.routing", "Do experts specialise by modality?"),
+    "patching": ("studies.patching", "Which positions, at which layers, carry the fact that was changed?"),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

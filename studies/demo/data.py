@@ -26,11 +26,13 @@ def examples(
     kinds = kinds or KINDS.get(telling, world.PICTURE_KINDS)
     rng = np.random.default_rng(seed)
     return [
-        _example(number, scene, question, telling) for number, (scene, question) in enumerate(world.held_out(rng, count, kinds))
+        as_example(number, scene, question, telling)
+        for number, (scene, question) in enumerate(world.held_out(rng, count, kinds))
     ]
 
 
-def _example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
+def as_example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
+    """A question about a scene as an Example, told in pictures, sentences, clips or sounds."""
     tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split}
     common: dict[str, Any] = {
         "id": f"demo-{number:05d}", "prompt": question.text, "suffix": SUFFIX, "answer": question.answer,
