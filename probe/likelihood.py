@@ -245,7 +245,9 @@ def _read_prefix(subject: Subject, encoded: Encoded) -> _Prefix:
         stack.callback(subject.decoder.register_forward_hook(prefix.take, with_kwargs=True).remove)
         # Gemma 4 with shared keys and values drops rows inside the decoder as well: there, everything is kept.
         shares = getattr(subject.config.get_text_config(), "num_kv_shared_layers", 0)
-        one_row = {"logits_to_keep": 1} if "logits_to_keep" in signature(subject.model.forward).parameters and not shares else {}
+        one_row = (
+            {"logits_to_keep": 1} if "logits_to_keep" in signature(subject.model.forward).parameters and not shares else {}
+        )
         subject.model(**encoded.inputs, use_cache=True, **one_row)
     if prefix.cache is None:
         raise ReplayError(
