@@ -88,23 +88,23 @@ def _f1(hit: int, false: int, missed: int, n: int, seed: int) -> Score:
     return from_draws("F1", 2 * hit / below, draws, 2.0 * hit, float(below), n)
 
 
-def _area(scores: np.ndarray, there: np.ndarray) -> float:
-    """Mann-Whitney: how often something that is there scores higher than something that is not, ties by halves."""
-    above = int(there.sum())
-    below = len(there) - above
-    if not above or not below:
-        return float("nan")
-    return float((stats.rankdata(scores)[there].sum() - above * (above + 1) / 2) / (above * below))
+def _areas(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Mann-Whitney, for each row: how often something that is there scores higher than something that is not, ties by halves."""
+    above = there.sum(-1)
+    below = there.shape[-1] - above
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = ((stats.rankdata(scores, axis=-1) * there).sum(-1) - above * (above + 1) / 2) / (above * below)
+    return found
 
 
 def auroc(p_yes: Sequence[float], truth: Sequence[bool], seed: int = 0, resamples: int = 1000) -> Score:
     """The area under the ROC curve of p(yes) with its bootstrap interval over items; None where all are there, or none is."""
     scores, there = np.array(p_yes, dtype=np.float64), np.array(truth, dtype=bool)
-    area = _area(scores, there)
     n = len(there)
-    if not np.isfinite(area):
+    if not there.any() or there.all():
         return Score("AUROC", None, None, None, 0.0, 0.0, n)
+    area = float(_areas(scores[None], there[None])[0])
     rng = np.random.default_rng(seed)
-    draws = np.array([_area(scores[k], there[k]) for k in rng.integers(0, n, (resamples, n))])
+    draws = np.concatenate([_areas(scores[k], there[k]) for k in np.array_split(rng.integers(0, n, (resamples, n)), 10)])
     pairs = float(there.sum()) * float((~there).sum())
     return from_draws("AUROC", area, draws, area * pairs, pairs, n)

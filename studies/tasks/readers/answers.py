@@ -52,7 +52,13 @@ def pope(path: Path, limit: int | None = None) -> Found:
         tags = {"kind": "exist", "split": fields["split"], "object": asked_object(prompt)}
         name = f"{fields['split']}-{number}" if fields["split"] else number
         return Example(
-            name, prompt, (picture,), answer=answer, choices=("yes", "no"), suffix=SHORT_SUFFIX, tags={k: v for k, v in tags.items() if v}
+            name,
+            prompt,
+            (picture,),
+            answer=answer,
+            choices=("yes", "no"),
+            suffix=SHORT_SUFFIX,
+            tags={k: v for k, v in tags.items() if v},
         )
 
     return collect(str(path), entries(), make, files, limit)
@@ -102,7 +108,11 @@ def vqav2(path: Path, limit: int | None = None) -> Found:
             raise DataError("no annotation has its question_id")
         note = told[number]
         picture = medium(file.parent, (subtype, "images"), f"COCO_{subtype}_{int(fields['image_id']):012d}.jpg")
-        tags = {"kind": note.get("answer_type"), "group": note.get("question_type"), "answers": json.dumps([a["answer"] for a in note["answers"]])}
+        tags = {
+            "kind": note.get("answer_type"),
+            "group": note.get("question_type"),
+            "answers": json.dumps([a["answer"] for a in note["answers"]]),
+        }
         return Example(
             str(number), text_of(fields, "question"), (picture,), answer=text_of(note, "multiple_choice_answer"), suffix=SHORT_SUFFIX,
             tags={key: str(value) for key, value in tags.items() if value},
@@ -126,7 +136,9 @@ def clotho_aqa(path: Path, limit: int | None = None) -> Found:
         try:
             if isinstance(row, Exception):
                 raise row
-            asked.setdefault((text_of(row, "file_name"), text_of(row, "QuestionText")), []).append(text_of(row, "answer").lower())
+            asked.setdefault((text_of(row, "file_name"), text_of(row, "QuestionText")), []).append(
+                text_of(row, "answer").lower()
+            )
         except (DataError, KeyError) as error:
             broken.append((where, error))
 

@@ -27,7 +27,9 @@ class Found:
     fingerprint: str
 
 
-def collect(name: str, entries: Iterable[Entry], make: Callable[[str, Any], Example], files: Sequence[Path], limit: int | None) -> Found:
+def collect(
+    name: str, entries: Iterable[Entry], make: Callable[[str, Any], Example], files: Sequence[Path], limit: int | None
+) -> Found:
     """An Example of each entry, until there are `limit`; an entry that is broken is named, and the rest goes on.
 
     Raises DataError when not one can be read, with the first reason.
@@ -123,7 +125,10 @@ def table_rows(path: Path, delimiter: str) -> Iterator[Entry]:
         try:
             for row in rows:
                 short = None in row or None in row.values()
-                yield f"line {rows.line_num} of {path.name}", DataError("it has more or fewer fields than the header") if short else row
+                yield (
+                    f"line {rows.line_num} of {path.name}",
+                    DataError("it has more or fewer fields than the header") if short else row,
+                )
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
 
@@ -151,7 +156,9 @@ def medium(root: Path, folders: Sequence[str], name: str) -> Path:
     tried = [root / name, *(base / folder / name for base in (root, root.parent) for folder in folders)]
     found = next((path for path in tried if path.exists()), None)
     if found is None:
-        raise DataError(f"its file {name} is in none of {', '.join(dict.fromkeys(_short(path.parent, root) for path in tried))}")
+        raise DataError(
+            f"its file {name} is in none of {', '.join(dict.fromkeys(_short(path.parent, root) for path in tried))}"
+        )
     return found
 
 

@@ -98,7 +98,11 @@ def mmbench(path: Path, limit: int | None = None) -> Found:
             raise DataError(f"its picture is that of row {cell}, which is not there")
         options = [row[letter].strip() for letter in LETTERS if row.get(letter, "").strip() not in ("", "nan")]
         hint = row.get("hint", "").strip()
-        tags = {"kind": row.get("category"), "group": row.get("l2-category") or row.get("L2-category"), "split": row.get("split")}
+        tags = {
+            "kind": row.get("category"),
+            "group": row.get("l2-category") or row.get("L2-category"),
+            "split": row.get("split"),
+        }
         return _asked(
             number, text_of(row, "question"), options, text_of(row, "answer"), tags, context="" if hint == "nan" else hint,
             images=(partial(_from_base64, pictures[number], number),),
@@ -136,8 +140,15 @@ def mmevalpro(path: Path, limit: int | None = None) -> Found:
 
     def make(where: str, row: dict[str, Any]) -> Example:
         options = [str(option) for option in row["choices"]]
-        tags = {"triplet": text_of(row, "triplet_id"), "part": text_of(row, "eval_type"), "group": row.get("source"), "kind": row.get("question_category")}
-        return _asked(text_of(row, "index"), text_of(row, "question"), options, text_of(row, "answer"), tags, images=(row["picture"],))
+        tags = {
+            "triplet": text_of(row, "triplet_id"),
+            "part": text_of(row, "eval_type"),
+            "group": row.get("source"),
+            "kind": row.get("question_category"),
+        }
+        return _asked(
+            text_of(row, "index"), text_of(row, "question"), options, text_of(row, "answer"), tags, images=(row["picture"],)
+        )
 
     return collect(str(path), entries(), make, files, limit)
 
@@ -169,7 +180,12 @@ def scienceqa(path: Path, limit: int | None = None, split: str = "test") -> Foun
         fields = problems[number]
         shown = f"{split}/{number}/{fields['image']}" if fields.get("image") else ""
         pictures = (medium(file.parent, ("images",), shown),) if shown else ()
-        tags = {"kind": fields.get("subject"), "group": "picture" if shown else "text", "topic": fields.get("topic"), "split": split}
+        tags = {
+            "kind": fields.get("subject"),
+            "group": "picture" if shown else "text",
+            "topic": fields.get("topic"),
+            "split": split,
+        }
         return _asked(
             number, text_of(fields, "question"), [str(choice) for choice in fields["choices"]], fields["answer"], tags,
             context=str(fields.get("hint") or "").strip(), images=pictures,
@@ -194,7 +210,12 @@ def video_mme(path: Path, limit: int | None = None) -> Found:
         if not name:
             raise KeyError("videoID")
         folders = ("data", "videos", "video", *(f"../{folder}" for folder in ("data", "videos", "video")))
-        tags = {"kind": row.get("task_type"), "group": row.get("duration"), "domain": row.get("domain"), "sub_category": row.get("sub_category")}
+        tags = {
+            "kind": row.get("task_type"),
+            "group": row.get("duration"),
+            "domain": row.get("domain"),
+            "sub_category": row.get("sub_category"),
+        }
         return _asked(
             text_of(row, "question_id"), text_of(row, "question"), options, text_of(row, "answer"), tags,
             videos=(medium(file.parent, folders, f"{name}.mp4"),),
