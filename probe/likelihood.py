@@ -88,8 +88,8 @@ def score_options(
     asked = [_spell(subject, encoded, i, offered) for i, offered in enumerate(options)]
     if method == "whole":
         found = [
-            [_whole(subject, subject.encode(example), one.back, spelled) for spelled in one.spelled]
-            for example, one in zip(examples, asked, strict=True)
+            [_whole(subject, alone, one.back, spelled) for spelled in one.spelled]
+            for alone, one in zip(map(subject.encode, examples), asked, strict=True)
         ]
     else:
         if reason := cannot_share(subject):

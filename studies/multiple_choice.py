@@ -6,6 +6,7 @@ order in which options are shown decides (MMBench's circular accuracy, arXiv 230
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -24,21 +25,29 @@ SCHEMA = pa.schema([
     ("right", pa.int32()), ("chosen", pa.int32()), ("sums", pa.list_(pa.float64())), ("tokens", pa.list_(pa.int32())), ("bytes", pa.list_(pa.int32())),
 ])  # fmt: skip
 STYLES = ("auto", "letters", "words")
+SPELLINGS = ("both", "given")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The study's own options."""
+
+    spelling: str = "both"
+    show: str = "auto"
+    rotate: bool = True
+    blind: bool = True
+    max_new_tokens: int = 16
 
 
 @study
 def multiple_choice(
-    setting: Setting,
-    *,
-    reduce: str = "mean",
-    show: str = "auto",
-    rotate: bool = True,
-    blind: bool = True,
+    setting: Setting, *, reduce: str = "mean", spelling: str = "both", show: str = "auto", rotate: bool = True, blind: bool = True,
     max_new_tokens: int = 16,
-) -> Summary:
+) -> Summary:  # fmt: skip
     """Does the model choose right, by what it writes and by what it finds likely?
 
-    `reduce` makes one number of an option's tokens (mean, sum, per-byte); `show` is how options are written where their order is
+    `reduce` makes one number of an option's tokens (mean, sum, per-byte); `spelling` is which words stand for an option (both: as it is given and
+    with a capital, the likelier of the two; given: that alone, as published); `show` is how options are written where their order is
     turned (letters, words; auto: by letters where the data shows them so, else as words after the question); `rotate` asks in every
     rotation of the options; `blind` asks once without the picture; `max_new_tokens` is how long an answer may be.
     """
@@ -46,18 +55,19 @@ def multiple_choice(
         raise StudyError(f"there is no way {reduce!r} to make one number of tokens{did_you_mean(reduce, get_args(Reduce))}")
     if show not in STYLES:
         raise StudyError(f"there is no way {show!r} to show options{did_you_mean(show, STYLES)}")
+    if spelling not in SPELLINGS:
+        raise StudyError(f"there is no spelling {spelling!r}{did_you_mean(spelling, SPELLINGS)}")
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "limit": len(setting.data), "batch": setting.batch,
-        "padding": setting.padding, "seed": setting.seed, "reduce": reduce, "show": show, "rotate": rotate, "blind": blind,
-        "max_new_tokens": max_new_tokens,
+        "padding": setting.padding, "seed": setting.seed, "reduce": reduce, "spelling": spelling, "show": show, "rotate": rotate,
+        "blind": blind, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     run = Run.open(setting.out, "multiple-choice", config, describe(setting.subject), SCHEMA)
     with run.recorded():
         from studies.multiple_choice_report import figures, report, summarise
 
-        rows = read_units(
-            setting, run, "multiple choice", lambda some: unit(setting.subject, some, show, rotate, blind, max_new_tokens)
-        )
+        plan = Plan(spelling, show, rotate, blind, max_new_tokens)
+        rows = read_units(setting, run, "multiple choice", lambda some: unit(setting.subject, some, plan))
         summary = finite(summarise(rows, reduce, setting.data.problems, setting.seed))
         summary |= {"run": str(run.folder), "model": setting.subject.name, "reduce": reduce}
         figures(run, summary)
@@ -78,9 +88,7 @@ def right_choice(example: Example) -> int:
     return choices.index(answer)
 
 
-def unit(
-    subject: Subject, examples: Sequence[Example], show: str, rotate: bool, blind: bool, max_new_tokens: int
-) -> Rows:  # fmt: skip
+def unit(subject: Subject, examples: Sequence[Example], plan: Plan) -> Rows:
     """Rows of some examples: as they are asked, in every order of their options, without their picture; and of those left out."""
 
     def check(example: Example) -> None:
@@ -90,34 +98,45 @@ def unit(
         subject.encode(example)
 
     usable, rows = sift(examples, check)
-    rows += _rows(subject, usable, "asked", 0, None, max_new_tokens)
-    if rotate:
+    rows += _rows(subject, usable, "asked", 0, plan)
+    if plan.rotate:
         for turn in range(max((len(example.choices) for example in usable), default=0)):
-            rows += _rows(subject, [e for e in usable if len(e.choices) > turn], "turned", turn, show, max_new_tokens)
-    if blind and any(any(example.media.values()) for example in usable):
+            rows += _rows(subject, [e for e in usable if len(e.choices) > turn], "turned", turn, plan)
+    if plan.blind and any(any(example.media.values()) for example in usable):
         hidden, _ = sift([subject.without_media(example) for example in usable], subject.encode)
-        rows += _rows(subject, hidden, "blind", 0, None, max_new_tokens)
+        rows += _rows(subject, hidden, "blind", 0, plan)
     return rows
 
 
-def _rows(
-    subject: Subject, examples: Sequence[Example], what: str, turn: int, show: str | None, max_new_tokens: int
-) -> Rows:  # fmt: skip
-    """One row of each example, asked as it is or with its options in one rotation (`show`)."""
+def _rows(subject: Subject, examples: Sequence[Example], what: str, turn: int, plan: Plan) -> Rows:
+    """One row of each example, asked as it is or, where orders are `turned`, with its options shown in one rotation."""
     if not examples:
         return []
     orders = [rotations(len(e.choices))[turn] for e in examples]
-    if show is None:
-        asked = list(examples)
-    else:
-        asked = [listed(e, order, style_of(e, show)) for e, order in zip(examples, orders, strict=True)]
-    told = subject.generate(subject.encode(asked), max_new_tokens)
-    method: Method = "whole" if cannot_share(subject) else "prefix"
-    found = score_options(subject, asked, [e.choices for e in asked], method)
+    styles = [style_of(e, plan.show) if what == "turned" else "" for e in examples]
+    asked = [listed(e, order, style) if style else e for e, order, style in zip(examples, orders, styles, strict=True)]
+    told = subject.generate(subject.encode(asked), plan.max_new_tokens)
+    found = _likelihoods(subject, asked, plan.spelling)
     return [
-        _row(e, what, turn, text, one, order, lettered=bool(e.options) or (show is not None and style_of(e, show) == "letters"))
-        for e, text, one, order in zip(examples, told, found, orders, strict=True)
+        _row(example, what, turn, text, one, order, style == "letters" or (not style and bool(example.options)))
+        for example, text, one, order, style in zip(examples, told, found, orders, styles, strict=True)
     ]
+
+
+def _likelihoods(subject: Subject, examples: Sequence[Example], spelling: str) -> list[Likelihood]:
+    """How likely each choice is: as it is given, or in the likelier of two spellings, as models differ in how they begin an answer."""
+    method: Method = "whole" if cannot_share(subject) else "prefix"
+    given = [[choice.strip() for choice in example.choices] for example in examples]
+    capital = [[f"{c[:1].upper()}{c[1:]}" if spelling == "both" else c for c in choices] for choices in given]
+    found = score_options(subject, examples, [list(dict.fromkeys(a + b)) for a, b in zip(given, capital, strict=True)], method)
+    made = []
+    for one, a, b in zip(found, given, capital, strict=True):
+        likely = dict(zip(one.options, one.by("sum"), strict=True))
+        at = [one.options.index(max((x, y), key=lambda name: likely[name])) for x, y in zip(a, b, strict=True)]
+        made.append(
+            Likelihood(tuple(one.options[i] for i in at), tuple(one.log_probs[i] for i in at), tuple(one.greedy[i] for i in at))
+        )
+    return made
 
 
 def style_of(example: Example, show: str) -> str:
