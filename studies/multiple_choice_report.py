@@ -91,15 +91,19 @@ def _turned(rows: pa.Table, way: str, reduce: str, seed: int) -> dict[str, Any]:
         hits.setdefault(name, []).append(choice == answer)
         share = places.setdefault(name, np.concatenate([np.zeros(count), np.full(widest - count, np.nan)]))
         if choice >= 0:
-            share[(choice - turn) % count] += 1 / count  # where the chosen option stood
-    table = np.array(list(places.values()))
+            share[(choice - turn) % count] += 1  # where the chosen option stood
+    table = np.array([one / np.nansum(one) for one in places.values() if np.nansum(one)]).reshape(-1, widest)
     shares = [average(f"place {i + 1}", [v for v in table[:, i].tolist() if v == v], seed).as_dict() for i in range(widest)]
-    chance = [float(np.mean([1 / len(t[t == t]) for t in table if t[i] == t[i]])) for i in range(widest)]
+    chance = [_mean([1 / count for count in map(len, hits.values()) if count > i]) for i in range(widest)]
     return {
         "accuracy": average("accuracy in any order", [float(np.mean(one)) for one in hits.values()], seed).as_dict(),
         "circular": circular(list(hits.values())).as_dict(), "places": shares, "chance": chance,
         "chance_circular": float(np.mean([len(one) ** -float(len(one)) for one in hits.values()])),
     }  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
 
 
 def _blind(rows: pa.Table, reduce: str) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def figures(run: Run, summary: Summary) -> None:
             "places",
             *values(
                 [("where the chosen option stood", places)],
-                "share of orders, 95 % interval",
+                "share of the choices made, 95 % interval",
                 line=equal.pop() if len(equal) == 1 else None,
             ),
         )
@@ -218,10 +222,10 @@ def _order_words(summary: Summary) -> list[str]:
     ]
     first = summary["turned"]["generation"]
     place, chance = first["places"][0], first["chance"][0]
-    biased = place["low"] > chance or place["high"] < chance
+    biased = place["value"] is not None and (place["low"] > chance or place["high"] < chance)
     return [
         *lines, "", "![places](figures/places.png)", "",
-        f"In all rotations together each option stands in each place equally often, so that the first would be chosen {chance:.3f} of the time by a model that "
-        f"always answers and does not mind the order; it is {_said(place)} by generation, {'which is not that' if biased else 'which is that within its interval'}. Guessing "
+        f"In all rotations together each option stands in each place equally often, so that of the choices made the first place would have {chance:.3f} if "
+        f"the order did not matter; it has {_said(place)} by generation, {'which is not that' if biased else 'which is that within its interval'}. Guessing "
         f"anew in each order would be right in all of them {first['chance_circular']:.3f} of the time.", "",
     ]  # fmt: skip

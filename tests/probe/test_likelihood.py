@@ -15,7 +15,9 @@ REFUSED = {"qwen3_5"}
 
 def largest(a, b) -> float:
     return max(
-        float(np.abs(np.array(x) - np.array(y)).max()) for p, q in zip(a, b, strict=True) for x, y in zip(p.log_probs, q.log_probs, strict=True)
+        float(np.abs(np.array(x) - np.array(y)).max())
+        for p, q in zip(a, b, strict=True)
+        for x, y in zip(p.log_probs, q.log_probs, strict=True)
     )
 
 

@@ -130,11 +130,22 @@ def test_the_area_is_that_over_pairs():
 
 
 def test_golden_captions():
-    assert [m.name for m in coco().mentions("A hot dog and two wine glasses on a toilet seat")] == ["hot dog", "wine glass", "toilet"]
+    assert [m.name for m in coco().mentions("A hot dog and two wine glasses on a toilet seat")] == [
+        "hot dog",
+        "wine glass",
+        "toilet",
+    ]
     assert [m.name for m in coco().mentions("A baby elephant near people")] == ["elephant", "person"]
     assert [m.name for m in coco().mentions("two knives, scissors and buses at home plate")] == ["knife", "scissors", "bus"]
     assert len(coco().names) == 80
-    assert [singular(w) for w in ("dogs", "glass", "men", "ladies", "boxes", "tennis")] == ["dog", "glass", "man", "lady", "box", "tennis"]
+    assert [singular(w) for w in ("dogs", "glass", "men", "ladies", "boxes", "tennis")] == [
+        "dog",
+        "glass",
+        "man",
+        "lady",
+        "box",
+        "tennis",
+    ]
     read = read_caption("the toilet has a seat", {"toilet"})
     assert [m.name for m in read.mentions] == ["toilet"]
     found = chair(["a dog and a dog and a cat", "a hot dog", "nothing"], [{"dog"}, {"dog", "pizza"}, set()])
