@@ -11,7 +11,8 @@ from studies.tasks.scores import Score, proportion
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKED = re.compile(r"(?:^|[^\w'])\(?([A-Z])(?:[).:,]|\s*$)")
-_ANSWER_IS = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b(?!['\w])", re.IGNORECASE)
+# A and I are words as well, and so is a letter in lower case: they need a mark or the end behind them.
+_ANSWER_IS = re.compile(r"\b(?i:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([B-HJ-Z]\b(?!')|[A-Za-z](?=[).:,]|\s*$))")
 
 
 def parse_choice(text: str, options: Sequence[str], lettered: bool = True) -> int | None:

@@ -146,7 +146,12 @@ def scienceqa(folder):
     }  # fmt: skip
     dump(
         folder / "problems.json",
-        {"5": one, "6": {**one, "image": None, "hint": ""}, "7": {**one, "answer": 9}, "8": {**one, "split": "train"}},
+        {
+            "5": one,
+            "6": {**one, "image": None, "hint": ""},
+            "7": {**one, "answer": 9, "image": None},
+            "8": {**one, "split": "train"},
+        },
     )
     dump(folder / "pid_splits.json", {"test": ["5", "6", "7", "9"], "train": ["8"]})
 

@@ -2,9 +2,9 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -156,19 +156,9 @@ def medium(root: Path, folders: Sequence[str], name: str) -> Path:
     tried = [root / name, *(base / folder / name for base in (root, root.parent) for folder in folders)]
     found = next((path for path in tried if path.exists()), None)
     if found is None:
-        raise DataError(
-            f"its file {name} is in none of {', '.join(dict.fromkeys(_short(path.parent, root) for path in tried))}"
-        )
+        places = dict.fromkeys(os.path.relpath(path.parent, root.parent) for path in tried)
+        raise DataError(f"its file {name} is in none of {', '.join(places)}")
     return found
-
-
-@cache
-def _resolved(path: Path) -> Path:
-    return path.resolve()
-
-
-def _short(path: Path, root: Path) -> str:
-    return path.name if _resolved(path) == _resolved(root) else f"{path.parent.name}/{path.name}"
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
