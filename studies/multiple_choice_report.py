@@ -10,7 +10,7 @@ from probe.analysis.stats import mcnemar, paired_difference, wilson
 from probe.plots.panels import colour, curves, values
 from studies.run import Run
 from studies.study import Summary
-from studies.tasks.scores import average, proportion
+from studies.tasks.scores import average, drawable, proportion
 from studies.tasks.scores_chef import bins, ece
 from studies.tasks.scores_choice import circular
 from studies.work import picked, refuse_nothing, skipped
@@ -127,31 +127,24 @@ def _kinds(kinds: Sequence[str], hits: dict[str, np.ndarray]) -> dict[str, Any]:
 def figures(run: Run, summary: Summary) -> None:
     """Accuracy in all readings, calibration, the place of what is chosen, and accuracy by kind of question."""
     run.figure(
-        "accuracy",
-        *values(
-            [("accuracy", [(way, _cases(summary, way), colour(i)) for i, way in enumerate(WAYS)])],
-            "share of questions, 95 % interval",
-            line=summary["chance"],
-        ),
+        "accuracy", *_both("accuracy", {way: _cases(summary, way) for way in WAYS}, "share of questions", summary["chance"])
     )
     run.figure("calibration", *_calibration(summary))
     if turned := summary["turned"]:
         equal = set(turned["generation"]["chance"])
-        places = [
-            (way, {f"option {i + 1}": one for i, one in enumerate(turned[way]["places"])}, colour(k))
-            for k, way in enumerate(WAYS)
-        ]
-        run.figure(
-            "places",
-            *values(
-                [("where the chosen option stood", places)],
-                "share of the choices made, 95 % interval",
-                line=equal.pop() if len(equal) == 1 else None,
-            ),
-        )
+        places = {way: {f"option {i + 1}": one for i, one in enumerate(turned[way]["places"])} for way in WAYS}
+        if any(drawable(one) for one in places.values()):
+            line = equal.pop() if len(equal) == 1 else None
+            run.figure("places", *_both("where the chosen option stood", places, "share of the choices made", line))
     if len(summary["kinds"]) > 1:
-        series = [(way, {name: one[way] for name, one in summary["kinds"].items()}, colour(i)) for i, way in enumerate(WAYS)]
-        run.figure("kinds", *values([("accuracy by kind", series)], "share of questions, 95 % interval"))  # fmt: skip
+        kinds = {way: {name: one[way] for name, one in summary["kinds"].items()} for way in WAYS}
+        run.figure("kinds", *_both("accuracy by kind", kinds, "share of questions"))
+
+
+def _both(title: str, found: dict[str, dict[str, Any]], axis: str, line: float | None = None) -> tuple[Any, Any]:
+    """Scores of both ways beside each other."""
+    series = [(way, drawable(scores), colour(i)) for i, (way, scores) in enumerate(found.items())]
+    return values([(title, series)], f"{axis}, 95 % interval", line=line)
 
 
 def _cases(summary: Summary, way: str) -> dict[str, Any]:

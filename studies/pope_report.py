@@ -12,7 +12,7 @@ from probe.analysis.stats import benjamini_hochberg, correlate, mcnemar, paired_
 from probe.plots.panels import colour, values
 from studies.run import Run
 from studies.study import Setting, Summary
-from studies.tasks.scores import Score
+from studies.tasks.scores import Score, drawable
 from studies.tasks.scores_pope import SPLITS, Verdict, auroc, pope
 from studies.work import interval, picked, refuse_nothing, skipped
 
@@ -139,17 +139,13 @@ def _compare(tables: dict[str, pa.Table], seed: int) -> list[dict[str, Any]]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _drawable(found: dict[str, Any]) -> dict[str, Any]:
-    return {label: one for label, one in found.items() if one is not None and one["value"] is not None}
-
-
 def figures(run: Run, summary: Summary) -> None:
     """Scores by split, things that are affirmed in vain, and the alignment score beside them."""
     models = summary["models"]
     splits = []
     for key in SHOWN:
         series = [
-            (name, _drawable({split: one[key] for split, one in found["splits"].items()} | ({"no picture": found["blind"][key]} if found["blind"] else {})), colour(i))
+            (name, drawable({split: one[key] for split, one in found["splits"].items()} | ({"no picture": found["blind"][key]} if found["blind"] else {})), colour(i))
             for i, (name, found) in enumerate(models.items())
         ]  # fmt: skip
         splits.append((TITLES[key], series))
@@ -157,7 +153,7 @@ def figures(run: Run, summary: Summary) -> None:
     run.figure("answers", *values(splits[3:], "value, 95 % interval"))
     objects = list(next(iter(models.values()))["objects"])[:OBJECTS]
     by_object = [
-        (TITLES[key], [(name, _drawable({o: found["objects"].get(o, {}).get(key) for o in objects}), colour(i)) for i, (name, found) in enumerate(models.items())])
+        (TITLES[key], [(name, drawable({o: found["objects"].get(o, {}).get(key) for o in objects}), colour(i)) for i, (name, found) in enumerate(models.items())])
         for key in ("hallucination", "accuracy")
     ]  # fmt: skip
     run.figure("objects", *values(by_object, "share of questions, 95 % interval"))
@@ -167,7 +163,7 @@ def figures(run: Run, summary: Summary) -> None:
 
 def _alignment(models: dict[str, Any]) -> tuple[Any, Any]:
     panels = [
-        (title, [("", _drawable({name: read(found) for name, found in models.items()}), colour(0))])
+        (title, [("", drawable({name: read(found) for name, found in models.items()}), colour(0))])
         for title, read in (
             ("IMA, input", lambda found: found["score"]["input"]), ("IMA, same layer", lambda found: found["score"]["same"]),
             ("affirmed though absent", lambda found: found["splits"]["all"]["hallucination"]),

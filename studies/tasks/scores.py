@@ -1,8 +1,9 @@
 """What every scoring rule gives back: a number with its interval, what it is a share of, and what was left out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -65,3 +66,11 @@ def from_draws(metric: str, value: float | None, draws: np.ndarray, numerator: f
         return Score(metric, value, value, value, numerator, denominator, n)
     low, high = (float(side) for side in np.percentile(known, [2.5, 97.5]))
     return Score(metric, value, low, high, numerator, denominator, n)
+
+
+def drawable(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, float]]:
+    """Scores (as dictionaries) by label, as figures take them: value and interval alone, those that are not defined left out."""
+    return {
+        label: {side: float(one[side]) for side in ("value", "low", "high")}
+        for label, one in found.items() if one is not None and one["value"] is not None
+    }  # fmt: skip
