@@ -40,6 +40,10 @@ STUDIES: dict[str, tuple[str, str]] = {
     "modality-importance": ("studies.modality_importance", "Which modality does each answer need?"),
     "routing": ("studies.routing", "Do experts specialise by modality?"),
     "patching": ("studies.patching", "Which positions, at which layers, carry the fact that was changed?"),
+    "pope": ("studies.pope", "Does the model say that things are there which are not?"),
+    "multiple-choice": (
+        "studies.multiple_choice", "Does the model choose right, by what it writes and by what it finds likely?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

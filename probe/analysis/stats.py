@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import stats
 
 RESAMPLES, BLOCK = 2000, 100
@@ -130,3 +130,25 @@ def _pearson(a: Float[np.ndarray, "#any n"], b: Float[np.ndarray, "#any n"]) -> 
     with np.errstate(invalid="ignore", divide="ignore"):
         found: np.ndarray = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return found
+
+
+def mcnemar(a: Bool[np.ndarray, " item"], b: Bool[np.ndarray, " item"]) -> float:
+    """Exact two-sided p-value that two answerers of the same items are equally often right (McNemar 1947).
+
+    Only the items that one has right and the other wrong say anything: under the null they fall to either side like coins. 1 where
+    there are none.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_difference(a: Float[np.ndarray, " item"], b: Float[np.ndarray, " item"], seed: int = 0) -> Interval:
+    """The mean of a - b over the same items, with its 95 % bootstrap interval over items; items where either is NaN are left out.
+
+    All three are NaN where no item is left.
+    """
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    differences = differences[~np.isnan(differences)]
+    if not len(differences):
+        return Interval(np.float64("nan"), np.float64("nan"), np.float64("nan"))
+    return bootstrap_mean(differences, seed)
