@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probe.edits import Edit, Group, Knockout
+from probe.edits import Edit, Erase, Group, Knockout
 from probe.example import Example
 from probe.replay.clean import record
 from probe.replay.plan import batches, plan_entry
@@ -94,17 +94,19 @@ def _naive(subject: Subject, encoded: Encoded, wanted: list[list[tuple[Edit, ...
         named = {name: np.nonzero(np.isin(real, group))[0].tolist() for name, group in token_map.groups.items()}
         own = alone.maps[0].with_groups(**named)
         alone = alone.with_maps([replace(own, crossed=token_map.crossed)])
-        each = [tuple(_alone(edit, real) for edit in edits) for edits in each]
+        each = [tuple(_alone(edit, real, i) for edit in edits) for edits in each]
         edited.append(torch.stack([trace(subject, alone, edit=edits).logits[0] for edits in each]) if each else clean[:0])
         runs += len(each)
     per_run = len(encoded.maps[0]) * subject.n_layers
     return Sweep(encoded, clean, tuple(edited), runs * per_run, len(encoded) * per_run)
 
 
-def _alone(edit: Edit, real: np.ndarray) -> Edit:
+def _alone(edit: Edit, real: np.ndarray, example: int) -> Edit:
     """The edit on the example without its padding: explicit positions move, groups keep their names."""
     if isinstance(edit, Knockout):
         return replace(edit, rows=_without_padding(edit.rows, real), columns=_without_padding(edit.columns, real))
+    if isinstance(edit, Erase):
+        edit = replace(edit, directions=edit.of(example))
     return replace(edit, positions=_without_padding(edit.positions, real))
 
 
