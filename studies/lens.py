@@ -110,7 +110,7 @@ def lens(
     if question != AUTO and "{}" not in question:
         raise StudyError(f"a question about an object has a place for its word ({{}}), unlike {question!r}")
     image_layer = min(image_layer, subject.n_layers - 1)
-    layers = layer_list(sorted({image_layer, *(_spread(subject.n_layers) if sweep else ())}), subject.n_layers)
+    layers = layer_list(sorted({image_layer, *(_spread(subject.n_layers - 1) if sweep else ())}), subject.n_layers)
     layer_list(text_layer, subject.n_layers)
     examples = setting.data.examples
     chosen = vocabulary(examples, words)
@@ -127,7 +127,7 @@ def lens(
 
 
 def _spread(count: int) -> list[int]:
-    """At most SWEPT layers, evenly spread, the first and the last among them."""
+    """At most SWEPT of the first `count` layers, evenly spread; after a model's last layer nothing looks at the picture any more."""
     return [round(i * (count - 1) / (min(SWEPT, count) - 1)) for i in range(min(SWEPT, count))] if count > 1 else [0]
 
 
@@ -256,11 +256,18 @@ def _confidence_rows(
 def _erased_rows(setting: Setting, plan: Plan, examples: list[Example], facts: list[Known]) -> Rows:
     """What the model says to a question for an object before and after its word, or another one, has left the picture's states."""
     chosen = [_chosen(plan, example, fact) for example, fact in zip(examples, facts, strict=True)]
-    asked = [_question(plan, example, arms[OWN]) for example, arms in zip(examples, chosen, strict=True)]
-    encoded = plan.subject.encode(asked, setting.padding)
-    says = [{answer: plan.subject.first_tokens([answer, answer.capitalize()], e) for answer in ("yes", "no")} for e in asked]
+    in_vain = plan.subject.encode(
+        [_question(plan, e, arms.get(ABSENT, arms[OWN])) for e, arms in zip(examples, chosen, strict=True)], setting.padding
+    )
+    encoded = plan.subject.encode(
+        [_question(plan, e, arms[OWN]) for e, arms in zip(examples, chosen, strict=True)], setting.padding
+    )
+    says = [{a: plan.subject.first_tokens([a, a.capitalize()], e) for a in ("yes", "no")} for e in encoded.examples]
     before = _yes(last_logits(plan.subject, encoded), says)
-    rows: Rows = []
+    rows: Rows = [
+        {"example": example.id, "what": "in vain", "word": arms[ABSENT], "value": value}
+        for example, arms, value in zip(examples, chosen, _yes(last_logits(plan.subject, in_vain), says), strict=True) if ABSENT in arms
+    ]  # fmt: skip
     for layer in plan.image_layers:
         for against in (OWN, PRESENT, ABSENT):
             if not any(against in arms for arms in chosen):
@@ -297,10 +304,8 @@ def _question(plan: Plan, example: Example, word: str) -> Example:
 
 
 def _yes(logits: torch.Tensor, says: Sequence[dict[str, list[int]]]) -> list[float]:
-    """The probability of yes among yes and no, each in lower case and capitalised."""
-    chances = logits.softmax(-1)
-    made = []
-    for row, tokens in zip(chances, says, strict=True):
-        yes, no = (float(row[sorted(set(tokens[answer]))].sum()) for answer in ("yes", "no"))
-        made.append(yes / max(yes + no, torch.finfo(torch.float32).tiny))
-    return made
+    """The log-odds of yes against no, in nats, each in lower case and capitalised: a probability near 1 would hide a change."""
+    return [
+        float(row[sorted(set(tokens["yes"]))].logsumexp(0) - row[sorted(set(tokens["no"]))].logsumexp(0))
+        for row, tokens in zip(logits, says, strict=True)
+    ]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from probe.analysis.detection import auroc_over_examples
+from probe.analysis.detection import auroc, auroc_draws, auroc_over_examples
 from probe.analysis.lens import best_layer
 from probe.analysis.stats import benjamini_hochberg, sign_flip, wilson
 from probe.plots import lens as plots
@@ -99,14 +99,29 @@ def _confidence(rows: pa.Table, norm: str, role: str, seed: int) -> dict[str, An
     strange = np.array(
         [read.get(((i + 1) % len(order), word), np.nan) for i, word in zip(example.tolist(), words, strict=True)]
     )
-    known = ~np.isnan(strange) if len(order) > 1 else np.zeros(len(strange), dtype=bool)
     hits = own.filter(pa.compute.is_valid(own["hit"]))
     hit, area = (np.array(hits[name].to_pylist(), dtype=float) for name in ("hit", "area"))
     return {
         "auroc": _detected(values, present, example, seed), "n_present": int(present.sum()), "n_absent": int((~present).sum()),
-        "strange": _detected(strange[known], present[known], example[known], seed) if known.any() else None,
+        **_strange(values, strange, present, example, seed),
         "mean_present": float(values[present].mean()), "mean_absent": float(values[~present].mean()),
         "points": interval(hit, seed), "points_by_chance": interval(area, seed), "points_above_chance": interval(hit - area, seed),
+    }  # fmt: skip
+
+
+def _strange(values: np.ndarray, strange: np.ndarray, present: np.ndarray, example: np.ndarray, seed: int) -> dict[str, Any]:
+    """AUROC with another picture's confidence, and how far the picture's own is above it on the same cases and resamples."""
+    known = ~np.isnan(strange)
+    sides = (values[known], strange[known])
+    if len(np.unique(example)) < 2 or present[known].all() or not present[known].any():
+        return {"strange": None, "beyond_strange": None}
+    own, other = (auroc_draws(side, present[known], example[known], seed) for side in sides)
+    gap = auroc(sides[0], present[known]) - auroc(sides[1], present[known])
+    low, high = (float(end) for end in np.nanpercentile(own - other, [2.5, 97.5]))
+    n = len(np.unique(example[known]))
+    return {
+        "strange": _detected(sides[1], present[known], example[known], seed),
+        "beyond_strange": {"value": gap, "low": low, "high": high, "n": n},
     }  # fmt: skip
 
 
@@ -119,7 +134,7 @@ def _detected(values: np.ndarray, present: np.ndarray, example: np.ndarray, seed
 
 
 def _erasure(rows: pa.Table, image_layer: int, seed: int) -> dict[str, Any]:
-    """Change of the probability of yes by layer for each arm, own against the others on the same examples, and answers that turn."""
+    """Change of the log-odds of yes by layer for each arm, own against the others on the same examples, and answers that turn."""
     found = picked(rows, what="erased")
     layers = sorted(set(found["layer"].to_pylist()))
     arms = {arm: _changes(picked(found, against=arm), layers) for arm in (OWN, PRESENT, ABSENT)}
@@ -136,13 +151,22 @@ def _erasure(rows: pa.Table, image_layer: int, seed: int) -> dict[str, Any]:
                 "curve": curve(gaps, layers, seed), "q": benjamini_hochberg(sign_flip(-gaps, seed)).tolist(),
                 "at_layer": interval(gaps[:, at], seed),
             }  # fmt: skip
+    made["before"] = interval(
+        np.array(
+            picked(found, against=OWN)
+            .filter(pa.compute.equal(picked(found, against=OWN)["layer"], image_layer))["before"]
+            .to_pylist()
+        ),
+        seed,
+    )
+    made["in_vain"] = interval(np.array(picked(rows, what="in vain")["value"].to_pylist()), seed)
     made["own"] = interval(np.array([change[at] for change in arms[OWN].values()]), seed)
     made["turned"] = {arm: _turned(picked(found, against=arm), image_layer) for arm in arms if arms[arm]}
     return made
 
 
 def _changes(rows: pa.Table, layers: list[int]) -> dict[str, np.ndarray]:
-    """Example: change of the probability of yes (layer)."""
+    """Example: change of the log-odds of yes (layer)."""
     found: dict[str, np.ndarray] = {}
     columns = (rows[name].to_pylist() for name in ("example", "layer", "before", "value"))
     for example, layer, before, after in zip(*columns, strict=True):
@@ -154,8 +178,8 @@ def _turned(rows: pa.Table, layer: int) -> dict[str, Any]:
     """Of the answers that were yes before, the share that is no after, at one layer."""
     own = rows.filter(pa.compute.equal(rows["layer"], layer))
     pairs = zip(own["before"].to_pylist(), own["value"].to_pylist(), strict=True)
-    after = [now for was, now in pairs if was > 0.5]
-    hits = sum(now <= 0.5 for now in after)
+    after = [now for was, now in pairs if was > 0]
+    hits = sum(now <= 0 for now in after)
     low, high = wilson(hits, len(after))
     return {"value": hits / len(after) if after else None, "low": low, "high": high, "n": len(after)}
 
@@ -211,7 +235,7 @@ def report(summary: Summary, setting: Setting, plan: "Plan") -> str:
 
 
 _ERASED = (
-    "Change of the probability that the model says yes to a question for an object that is there, when a word's direction is taken out "
+    "Change of the log-odds of yes against no, in nats, for a question for an object that is there, when a word's direction is taken out "
     "of the picture's states after a layer. The claim is the distance of the first line from the others."
 )
 
@@ -231,7 +255,10 @@ def _said_of_words(summary: Summary, plan: "Plan") -> list[str]:
     for role, found in summary["correspondence"].items():
         among = found["among"]
         gaps = [among[null]["gap_at_best"] for null in NULLS if among[null]]
-        verdict = "They do, above every null" if gaps and all(map(_clear, gaps)) else "Not beyond the nulls"
+        verdict = "They do, above every null" if gaps and all(map(_clear, gaps)) else "Not beyond every null"
+        elsewhere = among[OTHER_PATCHES]
+        if elsewhere and elsewhere["gap_at_best"]["value"] is not None and elsewhere["gap_at_best"]["high"] < 0:
+            verdict += ", and the word is read more often elsewhere in the picture than where the object is"
         nulls = "; ".join(f"{null} {_range(among[null]['at_best'])}" for null in NULLS if among[null]) or "no null is known"
         lines.append(
             f"- **{role}** ({found['n_objects']} objects, n = {summary['n']} pictures). {verdict}: at its best layer, {_range(among['own_at_best'])} of "
@@ -249,8 +276,11 @@ def _said_of_confidence(summary: Summary) -> list[str]:
             if found is None:
                 continue
             strange, own = found["strange"], found["auroc"]
-            verdict = "It does" if own["low"] > max(0.5, strange["high"] if strange else 0.5) else "Not beyond its null"
-            against = f"; with another picture's confidence {_range(strange)}" if strange else ""
+            beyond = found["beyond_strange"]
+            verdict = "It does" if own["low"] > 0.5 and _clear(beyond) else "Not beyond its null"
+            against = (
+                f"; with another picture's confidence {_range(strange)}, a difference of {_range(beyond)}" if strange else ""
+            )
             lines.append(
                 f"- **{role}, norm {norm}**. {verdict}: AUROC {_range(own)} (n = {own['n']} pictures, {found['n_present']} words present, "
                 f"{found['n_absent']} absent){against}. A present word is most likely inside its own box {_range(found['points'])} of the time, "
@@ -275,6 +305,7 @@ def _said_of_erasing(summary: Summary, plan: "Plan") -> list[str]:
     return [
         f"{verdict}: erased after layer {found['layer']} with alpha {plan.alpha:g} along its {plan.direction}"
         + (f" of text layer {plan.text_layer}" if plan.direction == "state" else "")
-        + f", an object's probability of yes changes by {_range(found['own'])} (n = {found['own']['n']}); {against} (paired, 95 % intervals). Of "
-        f"{turned['n']} answers that were yes, {_range(turned)} turn to no."
+        + f", the log-odds of yes to a question for an object change by {_range(found['own'])} nats (n = {found['own']['n']}) from "
+        f"{_range(found['before'], '.2f')}; {against} (paired, 95 % intervals). Asked for what is not there, they are "
+        f"{_range(found['in_vain'], '.2f')}. Of {turned['n']} answers that were yes, {_range(turned)} turn to no."
     ]

@@ -17,20 +17,28 @@ def auroc(scores: Float[np.ndarray, " case"], present: Bool[np.ndarray, " case"]
 
 
 def auroc_over_examples(
-    scores: Float[np.ndarray, " case"],
-    present: Bool[np.ndarray, " case"],
-    example: Int[np.ndarray, " case"],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    scores: Float[np.ndarray, " case"], present: Bool[np.ndarray, " case"], example: Int[np.ndarray, " case"], seed: int = 0
 ) -> Interval:
     """AUROC with a 95 % bootstrap interval over examples: all cases of an example are drawn together.
 
     Cases of one picture are not independent. Resamples that hold one kind only say nothing and are left out.
     """
     value = np.float64(auroc(scores, present))
-    members, number = np.unique(example, return_inverse=True)
-    if len(members) < 2 or np.isnan(value):
+    if len(np.unique(example)) < 2 or np.isnan(value):
         return Interval(value, value, value)
+    low, high = np.nanpercentile(auroc_draws(scores, present, example, seed), [2.5, 97.5])
+    return Interval(value, low, high)
+
+
+def auroc_draws(
+    scores: Float[np.ndarray, " case"],
+    present: Bool[np.ndarray, " case"],
+    example: Int[np.ndarray, " case"],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Float[np.ndarray, " resample"]:
+    """AUROC of resampled examples; NaN for a resample of one kind. Two scores of the same cases are resampled alike by one seed."""
+    members, number = np.unique(example, return_inverse=True)
     order = np.argsort(scores, kind="stable")
     ranked, sort, number = scores[order], present[order], number[order]
     starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # equal scores are one step
@@ -42,5 +50,4 @@ def auroc_over_examples(
         below = np.cumsum(misses, 1) - misses / 2
         with np.errstate(invalid="ignore"):
             draws.append((hits * below).sum(1) / (hits.sum(1) * misses.sum(1)))
-    low, high = np.nanpercentile(np.concatenate(draws), [2.5, 97.5])
-    return Interval(value, low, high)
+    return np.concatenate(draws)

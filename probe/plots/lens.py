@@ -45,12 +45,12 @@ def confidence(summary: Summary) -> Pair:
 
 
 def erasing(summary: Summary) -> Pair:
-    """Change of the probability of yes by the layer after which a word is erased."""
+    """Change of the log-odds of yes by the layer after which a word is erased."""
     found = summary["erasure"]
     own, *others = found["curves"].items()
     lines: list[Line] = [("the object's own word", own[1], COLOURS[0], False)]
     lines += [(name, one, colour, True) for (name, one), colour in zip(others, (COLOURS[1], GREY), strict=False)]
-    return panels.curves([("A word erased", lines)], [found["layers"]], "erased after layer", "change of p(yes)")
+    return panels.curves([("A word erased", lines)], [found["layers"]], "erased after layer", "change of log-odds of yes")
 
 
 def words(objects: Sequence[Mapping[str, Any]]) -> Pair:
