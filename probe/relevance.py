@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probe.analysis.relevance import FUSIONS, Fusion, gradient_step, rollout_step
+from probe.analysis.relevance import FUSIONS, gradient_step, rollout_step
 from probe.attention import Call, attend_rows
 from probe.errors import EditError, did_you_mean
 from probe.layerwise import Chain, capture
@@ -42,8 +41,8 @@ def relevance(
     methods: Sequence[str] = METHODS,
     targets: Int[Tensor, " batch"] | None = None,
     steps: int = 50,
-    baseline: Literal["mean", "zero"] | Float[Tensor, " width"] = "mean",
-    fusion: Fusion = "mean",
+    baseline: str | Float[Tensor, " width"] = "mean",
+    fusion: str = "mean",
 ) -> Relevance:
     """The relevance of every position for the logit of a token at each example's last position (by default the likeliest one).
 
@@ -102,7 +101,7 @@ def _check(subject: Subject, methods: Sequence[str], steps: int, fusion: str) ->
 class _Followed:
     """Rows of relevance (batch position), taken down through the layers."""
 
-    def __init__(self, chain: Chain, methods: Sequence[str], fusion: Fusion) -> None:
+    def __init__(self, chain: Chain, methods: Sequence[str], fusion: str) -> None:
         self.layers, self.fusion, self.last = len(chain.calls), fusion, chain.encoded.last
         start = torch.zeros(chain.leaving.shape[:2], device=chain.leaving.device)
         self.rows = {name: start.clone() for name in methods}
@@ -128,7 +127,7 @@ class _Followed:
 
 
 def _integrated(
-    chain: Chain, targets: Tensor, steps: int, baseline: Literal["mean", "zero"] | Tensor
+    chain: Chain, targets: Tensor, steps: int, baseline: str | Tensor
 ) -> tuple[Float[Tensor, "batch position"], Float[Tensor, " batch"]]:
     """Attributions of what is shown, and the logit's rise above that of the baseline."""
     full = chain.entering[0]
@@ -145,7 +144,7 @@ def _integrated(
     return (path * total / steps).sum(-1), rise
 
 
-def _baseline(full: Tensor, shown: Bool[Tensor, "batch position"], baseline: Literal["mean", "zero"] | Tensor) -> Tensor:
+def _baseline(full: Tensor, shown: Bool[Tensor, "batch position"], baseline: str | Tensor) -> Tensor:
     if isinstance(baseline, Tensor):
         if baseline.shape != full.shape[-1:]:
             raise EditError(f"a baseline has the shape {tuple(full.shape[-1:])}, not {tuple(baseline.shape)}")

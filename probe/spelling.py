@@ -1,7 +1,6 @@
 """The tokens of a word, and the direction that stands for it in the residual stream."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,8 +13,7 @@ from probe.subject import Encoded, Subject
 from probe.tokens import TokenMap
 from probe.tracing import trace
 
-Source = Literal["state", "embedding", "unembedding"]
-SOURCES: tuple[Source, ...] = ("state", "embedding", "unembedding")
+SOURCES = ("state", "embedding", "unembedding")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def spell(subject: Subject, word: str) -> Spelling:
     return Spelling(bare, tuple(dict.fromkeys(found)) or tuple(pieces[0][:1]), tuple(running), bool(found))
 
 
-def word_direction(subject: Subject, word: str, source: Source = "state", layer: int = 1) -> Float[Tensor, " width"]:
+def word_direction(subject: Subject, word: str, source: str = "state", layer: int = 1) -> Float[Tensor, " width"]:
     """What stands for a word in the residual stream (width, float32, on the CPU).
 
     `state` is the hidden state of the word's last token as it leaves `layer` of the decoder when the word is read alone (arXiv

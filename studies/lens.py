@@ -19,7 +19,7 @@ from probe.errors import DataError, ExampleError, StudyError, did_you_mean
 from probe.example import Example, Region
 from probe.points import layer_list
 from probe.recorders import Confidence
-from probe.spelling import SOURCES, Source, Spelling, spell, word_direction
+from probe.spelling import SOURCES, Spelling, spell, word_direction
 from probe.subject import Encoded, Subject
 from probe.tracing import Trace, last_logits, trace
 from studies.demo.data import everything
@@ -53,7 +53,7 @@ class Plan:
     text_layer: int
     image_layers: tuple[int, ...]
     alpha: float
-    direction: Source
+    direction: str
     question: str
     seed: int
     drawn: frozenset[str]
@@ -114,8 +114,7 @@ def lens(
     layer_list(text_layer, subject.n_layers)
     examples = setting.data.examples
     chosen = vocabulary(examples, words)
-    source: Source = next(one for one in SOURCES if one == direction)
-    plan = Plan(subject, chosen, norm, top, complete, text_layer, tuple(layers), alpha, source, question, setting.seed,
+    plan = Plan(subject, chosen, norm, top, complete, text_layer, tuple(layers), alpha, direction, question, setting.seed,
                 frozenset(example.id for example in examples[:DRAWN]))  # fmt: skip
     options = {"norm": norm, "top": top, "complete": complete, "text_layer": text_layer, "image_layers": layers, "alpha": alpha,
                "direction": direction, "question": question, "words": chosen}  # fmt: skip

@@ -100,13 +100,21 @@ def _confidence(rows: pa.Table, norm: str, role: str, seed: int) -> dict[str, An
         [read.get(((i + 1) % len(order), word), np.nan) for i, word in zip(example.tolist(), words, strict=True)]
     )
     hits = own.filter(pa.compute.is_valid(own["hit"]))
-    hit, area = (np.array(hits[name].to_pylist(), dtype=float) for name in ("hit", "area"))
+    hit, area = (_by_picture(hits, name) for name in ("hit", "area"))
     return {
         "auroc": _detected(values, present, example, seed), "n_present": int(present.sum()), "n_absent": int((~present).sum()),
         **_strange(values, strange, present, example, seed),
         "mean_present": float(values[present].mean()), "mean_absent": float(values[~present].mean()),
         "points": interval(hit, seed), "points_by_chance": interval(area, seed), "points_above_chance": interval(hit - area, seed),
     }  # fmt: skip
+
+
+def _by_picture(rows: pa.Table, column: str) -> np.ndarray:
+    """The mean over each picture's words (picture): words of one picture are not independent."""
+    found: dict[str, list[float]] = {}
+    for example, value in zip(rows["example"].to_pylist(), rows[column].to_pylist(), strict=True):
+        found.setdefault(example, []).append(float(value))
+    return np.array([np.mean(each) for each in found.values()])
 
 
 def _strange(values: np.ndarray, strange: np.ndarray, present: np.ndarray, example: np.ndarray, seed: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from probe.analysis.relevance import FUSIONS, Fusion, ranked, share_inside
+from probe.analysis.relevance import FUSIONS, ranked, share_inside
 from probe.edits import Ablate, Edit, Knockout
 from probe.errors import ExampleError, StudyError, did_you_mean
 from probe.example import Example, Region
@@ -42,7 +42,7 @@ class Plan:
     methods: tuple[str, ...]
     steps: int
     baseline: str
-    fusion: Fusion
+    fusion: str
     deletion: str
     shares: tuple[float, ...]
     seed: int
@@ -74,10 +74,9 @@ def relevance(
         for value in values:
             if value not in known:
                 raise StudyError(f"there is no {option} {value!r}{did_you_mean(value, known)}")
-    fused: Fusion = next(one for one in FUSIONS if one == fusion)
     data = setting.data
     plan = Plan(
-        chosen, steps, baseline, fused, deletion, _shares(shares), setting.seed, frozenset(e.id for e in data.examples[:DRAWN])
+        chosen, steps, baseline, fusion, deletion, _shares(shares), setting.seed, frozenset(e.id for e in data.examples[:DRAWN])
     )
     options = {
         "methods": chosen,

@@ -76,7 +76,7 @@ def _deletion(rows: pa.Table, plan: "Plan", seed: int) -> dict[str, Any]:
     made: dict[str, Any] = {
         "random": {str(share): interval(np.array(list(each.values())), seed) for share, each in random.items()}
     }
-    tests = []
+    tests: list[tuple[dict[str, Any], str, float]] = []
     for method in plan.methods:
         made[method] = {}
         for share in plan.shares:
@@ -87,8 +87,8 @@ def _deletion(rows: pa.Table, plan: "Plan", seed: int) -> dict[str, Any]:
                 "highest": interval(np.array(list(highest.values())), seed), "lowest": interval(np.array(list(lowest.values())), seed),
                 "beyond_random": interval(against, seed), "beyond_lowest": interval(np.array([highest[e] - lowest[e] for e in highest]), seed),
             }  # fmt: skip
-    for (of, share, p), q in zip(tests, benjamini_hochberg(np.array([p for *_, p in tests])).tolist(), strict=True):
-        of[share] |= {"p": p, "q": q}
+    for (of, key, p), q in zip(tests, benjamini_hochberg(np.array([p for *_, p in tests])).tolist(), strict=True):
+        of[key] |= {"p": p, "q": q}
     return made
 
 
@@ -113,7 +113,8 @@ def figures(run: Run, rows: pa.Table, summary: Summary, setting: Setting, plan: 
         run.figure("mass", *plots.mass(summary))
     run.figure("deletion", *plots.deletion(summary))
     run.figure("segments", *plots.segments(summary))
-    maps, made = picked(rows, what="map"), []
+    made: list[str] = []
+    maps = picked(rows, what="map")
     for example in (e for e in setting.data.examples if e.id in set(maps["example"].to_pylist())):
         own = picked(maps, example=example.id)
         token_map = setting.subject.encode(example).maps[0]

@@ -6,7 +6,6 @@ made and used up a block of rows at a time.
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 from probe.attention import Call, attend_rows
 
 BLOCK = 2**24  # attention weights that are held at once: 64 MiB in float32
-Fusion = Literal["mean", "min", "max"]
-FUSIONS: tuple[Fusion, ...] = ("mean", "min", "max")
+FUSIONS = ("mean", "min", "max")
 
 
 def blocks(call: Call, relevance: Float[Tensor, "batch position"]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -31,7 +29,7 @@ def blocks(call: Call, relevance: Float[Tensor, "batch position"]) -> Iterator[t
 
 
 def rollout_step(
-    relevance: Float[Tensor, "batch position"], call: Call, fusion: Fusion = "mean"
+    relevance: Float[Tensor, "batch position"], call: Call, fusion: str = "mean"
 ) -> Float[Tensor, "batch position"]:
     """R A', where A' is the layer's attention, heads fused, plus the identity, each row normalised (arXiv 2005.00928, section 4)."""
     made = torch.zeros_like(relevance)

@@ -48,12 +48,16 @@ def _line(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def segments(summary: Summary) -> Pair:
-    """Share of relevance by segment of the prompt, a mark for each method."""
-    series: list[Series] = [
-        (method, {name: one for name, one in found.items() if one["value"] is not None}, COLOURS[k])
-        for k, (method, found) in enumerate(summary["segments"].items())
+    """Share of relevance by segment of the prompt (method segment)."""
+    found = summary["segments"]
+    names = list(dict.fromkeys(name for each in found.values() for name in each))
+    table = [
+        [np.nan if each.get(name, {}).get("value") is None else each[name]["value"] for name in names]
+        for each in found.values()
     ]
-    return panels.values([("Where relevance lies", series)], "share of positive relevance")
+    return panels.tables(
+        ["Where relevance lies"], [table], list(found), names, (0.0, 1.0), "Blues", "share of positive relevance"
+    )
 
 
 def over_picture(
