@@ -54,7 +54,8 @@ def relevance(
     - `gradient-input`: the state that enters the first layer times its gradient.
     - `integrated-gradients`: what is shown moves from a baseline to its states in `steps` steps (midpoints; arXiv 1703.01365, equation
       3). The baseline is the example's own mean state over these positions, zero, or a given one (the mean over a data set, as in arXiv
-      2410.07149). What DeepStack adds above the first layer stays as it is.
+      2410.07149). Around a zero state a norm's gradient is steep, and few steps miss much: read `gap`. What DeepStack adds above the
+      first layer stays as it is.
 
     Raises EditError for an unknown method, and for layers that relevance cannot be followed through.
     """

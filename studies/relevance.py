@@ -13,7 +13,7 @@ import torch
 
 from probe.analysis.relevance import FUSIONS, ranked, share_inside
 from probe.edits import Ablate, Edit, Knockout
-from probe.errors import ExampleError, StudyError, did_you_mean
+from probe.errors import DataError, ExampleError, StudyError, did_you_mean
 from probe.example import Example, Region
 from probe.recorders import Residual
 from probe.relevance import METHODS, SHOWN, Relevance
@@ -122,7 +122,7 @@ def _nothing(setting: Setting, plan: Plan) -> torch.Tensor:
     drawn = [examples[i] for i in sorted({round(i) for i in np.linspace(0, len(examples) - 1, min(REFERENCES, len(examples)))})]
     usable, rows = sift(drawn, lambda example: _check(setting.subject, example))
     if not usable:
-        raise ExampleError(f"none of {len(rows)} examples shows anything; the first: {rows[0]['text']}")
+        raise DataError(f"none of the {len(rows)} examples could be used; the first: {rows[0]['example']}: {rows[0]['text']}")
     means = []
     for example in usable:
         encoded = _grouped(setting.subject.encode(example))

@@ -73,5 +73,5 @@ def integrated(subject, encoded, targets, shown, baseline, steps):
                 slopes.append(torch.autograd.grad(out, state)[0])
         finally:
             handle.remove()
-        scores.append(float(out))
+        scores.append(float(out.detach()))
     return ((full - start) * torch.stack(slopes[2:]).mean(0))[0].sum(-1), scores[1] - scores[0]

@@ -37,7 +37,8 @@ def test_one_row_is_the_row_of_the_full_rule(toy, family, side):
         assert set(expected) == set(RULES)
         for name, row in expected.items():
             scale = float(row.abs().max())
-            torch.testing.assert_close(found.scores[name][i][real] / scale, row / scale, atol=1e-5, rtol=0)
+            near = 5e-5 if name == "gradient-input" else 1e-5  # a difference of large terms
+            torch.testing.assert_close(found.scores[name][i][real] / scale, row / scale, atol=near, rtol=0)
             assert found.scores[name][i][encoded.maps[i].positions("pad")].abs().sum() == 0
 
 
@@ -62,10 +63,12 @@ def test_integrated_gradients_are_those_of_the_whole_model(toy, family):
 def test_more_steps_come_nearer_to_completeness(toy, pair):
     subject = toy("llava")
     encoded = subject.encode(pair)
-    gaps = [float(relevance(subject, encoded, ["integrated-gradients"], steps=n, baseline="zero").gap.max()) for n in (1, 64)]
-    assert gaps[1] < 0.02 * gaps[0]
-    nothing = relevance(subject, encoded, ["integrated-gradients"], steps=2)
-    assert nothing.gap.isfinite().all()
+    gaps = [float(relevance(subject, encoded, ["integrated-gradients"], steps=n).gap.max()) for n in (1, 4, 16)]
+    assert gaps[2] < 0.2 * gaps[1] < 0.2 * gaps[0]
+    found = relevance(subject, encoded, ["integrated-gradients"], steps=16, baseline="zero")
+    left = (found.scores["integrated-gradients"].sum(1) - found.rise).abs()
+    torch.testing.assert_close(found.gap, left, atol=1e-5, rtol=0)
+    assert float(found.gap.max()) > gaps[2]  # a norm is steep around zero: that the steps miss it is said
 
 
 def test_targets_can_be_given_and_are_the_likeliest_otherwise(toy, pair):
