@@ -14,6 +14,7 @@ from probe.anatomy.readout import capped
 from probe.errors import EditError
 from probe.subject import Subject
 
+NORMS = ("final", "none")
 TILE = 2**24  # logits that are held at once: 64 MiB in float32
 ROWS = 4096  # states that are read at once
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from probe.analysis.lens import correspondence
+from probe.analysis.lens import OTHER_PATCHES, OTHER_WORD, OWN, correspondence
 from probe.edits import Erase
 from probe.errors import DataError, ExampleError, StudyError, did_you_mean
 from probe.example import Example, Region
@@ -22,8 +22,9 @@ from probe.recorders import Confidence
 from probe.spelling import SOURCES, Spelling, spell, word_direction
 from probe.subject import Encoded, Subject
 from probe.tracing import Trace, last_logits, trace
+from probe.vocabulary import NORMS
 from studies.demo.data import everything
-from studies.objects import ROLES, Known, known, shown_by, vocabulary, words_of
+from studies.objects import ABSENT, PRESENT, ROLES, Known, known, shown_by, vocabulary, words_of
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, study
 from studies.work import Rows, picked, read_units, refuse_nothing, sift
@@ -34,9 +35,6 @@ SCHEMA = pa.schema([
     *((name, pa.float64()) for name in ("value", "before", "area")),
     ("first", pa.list_(pa.float64())), ("among", pa.list_(pa.float64())), ("texts", pa.list_(pa.string())),
 ])  # fmt: skip
-NORMS = ("final", "none")
-OWN, OTHER_WORD, OTHER_PATCHES = "own", "a word of another scene", "other patches"
-PRESENT, ABSENT = "another object's word", "an absent object's word"
 DRAWN, PATCHES, SWEPT = 3, 8, 4  # examples whose words are drawn, patches of each, layers at which words are erased
 AUTO = "auto"
 

@@ -1,28 +1,25 @@
 """The lens study's numbers, figures and words, made from its records."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from probe.analysis.detection import auroc, auroc_draws, auroc_over_examples
-from probe.analysis.lens import best_layer
+from probe.analysis.lens import OTHER_PATCHES, OTHER_WORD, OWN, best_layer
 from probe.analysis.stats import benjamini_hochberg, sign_flip, wilson
 from probe.plots import lens as plots
-from studies.lens import ABSENT, NORMS, OTHER_PATCHES, OTHER_WORD, OWN, PRESENT
-from studies.objects import ROLES
+from probe.vocabulary import NORMS
+from studies.objects import ABSENT, PRESENT, ROLES
 from studies.run import Run
 from studies.study import Setting, Summary
 from studies.work import curve, interval, picked, skipped
-
-if TYPE_CHECKING:
-    from studies.lens import Plan
 
 KINDS = {"first": "the likeliest token", "among": "among the likeliest"}
 NULLS = (OTHER_WORD, OTHER_PATCHES)
 
 
-def summarise(rows: pa.Table, plan: "Plan", image_layer: int, seed: int) -> Summary:
+def summarise(rows: pa.Table, plan: Any, image_layer: int, seed: int) -> Summary:
     """Everything that the report says, as numbers."""
     objects = picked(rows, what="object", against=OWN)
     missing = skipped(rows)
@@ -216,7 +213,7 @@ def drawn(rows: pa.Table) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def report(summary: Summary, setting: Setting, plan: "Plan") -> str:
+def report(summary: Summary, setting: Setting, plan: Any) -> str:
     """The question, what was found on each part with its null, and the figures."""
     lines = [
         "# Lens", "", "*Which words does each position of what is shown become, and at which layer?*", "",
@@ -258,7 +255,7 @@ def _clear(one: dict[str, Any] | None) -> bool:
     return one is not None and one["value"] is not None and one["low"] > 0
 
 
-def _said_of_words(summary: Summary, plan: "Plan") -> list[str]:
+def _said_of_words(summary: Summary, plan: Any) -> list[str]:
     lines = []
     for role, found in summary["correspondence"].items():
         among = found["among"]
@@ -303,7 +300,7 @@ def _said_of_confidence(summary: Summary) -> list[str]:
             "shows what the words alone are worth."]  # fmt: skip
 
 
-def _said_of_erasing(summary: Summary, plan: "Plan") -> list[str]:
+def _said_of_erasing(summary: Summary, plan: Any) -> list[str]:
     found = summary["erasure"]
     beyond = {arm: one["at_layer"] for arm, one in found["beyond"].items()}
     gone = beyond and all(one["value"] is not None and one["high"] < 0 for one in beyond.values())

@@ -14,6 +14,7 @@ from studies.demo.world import COLOURS, NAMES
 
 Role = str  # noun, attribute
 ROLES: tuple[Role, ...] = ("noun", "attribute")
+PRESENT, ABSENT = "another object's word", "an absent object's word"  # what is erased in place of the own word
 
 
 @dataclass(frozen=True)

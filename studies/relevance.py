@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from probe.analysis.relevance import FUSIONS, ranked, share_inside
+from probe.analysis.relevance import FUSIONS, RANDOM, ranked, share_inside
 from probe.edits import Ablate, Edit, Knockout
 from probe.errors import DataError, ExampleError, StudyError, did_you_mean
 from probe.example import Example, Region
@@ -32,7 +32,6 @@ SCHEMA = pa.schema([
 REFERENCES, DRAWN = 32, 4  # examples whose mean stands for nothing shown; pictures that maps are laid over
 BASELINES, DELETIONS = ("mean", "zero"), ("ablate", "knockout")
 ORDERS = ("highest", "lowest")
-RANDOM = "random"
 
 
 @dataclass(frozen=True)

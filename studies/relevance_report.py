@@ -1,25 +1,22 @@
 """The relevance study's numbers, figures and words, made from its records."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from probe.analysis.relevance import RANDOM
 from probe.analysis.stats import benjamini_hochberg, sign_flip
 from probe.plots import relevance as plots
-from studies.relevance import RANDOM
 from studies.run import Run
 from studies.study import Setting, Summary
 from studies.work import interval, picked, skipped
 
-if TYPE_CHECKING:
-    from studies.relevance import Plan
-
 LEVEL = 0.05
 
 
-def summarise(rows: pa.Table, plan: "Plan", seed: int) -> Summary:
+def summarise(rows: pa.Table, plan: Any, seed: int) -> Summary:
     """Everything that the report says, as numbers."""
     missing, answers = skipped(rows), picked(rows, what="answer")
     return {
@@ -66,7 +63,7 @@ def _segments(rows: pa.Table, seed: int) -> dict[str, Any]:
     }
 
 
-def _deletion(rows: pa.Table, plan: "Plan", seed: int) -> dict[str, Any]:
+def _deletion(rows: pa.Table, plan: Any, seed: int) -> dict[str, Any]:
     """Drops of the answer's probability by method, order and share; the highest against random and lowest, paired, with q-values."""
     drops = {
         (method, order, share): values_of(picked(rows, method=method, order=order).filter(pc.equal(picked(rows, method=method, order=order)["share"], share)))
@@ -92,7 +89,7 @@ def _deletion(rows: pa.Table, plan: "Plan", seed: int) -> dict[str, Any]:
     return made
 
 
-def _gap(answers: pa.Table, plan: "Plan", seed: int) -> dict[str, Any] | None:
+def _gap(answers: pa.Table, plan: Any, seed: int) -> dict[str, Any] | None:
     """How far integrated gradients miss the rise of the logit that they should sum to."""
     if "integrated-gradients" not in plan.methods:
         return None
@@ -107,7 +104,7 @@ def _gap(answers: pa.Table, plan: "Plan", seed: int) -> dict[str, Any] | None:
 # --- figures and words -----------------------------------------------------------------------------------------------
 
 
-def figures(run: Run, rows: pa.Table, summary: Summary, setting: Setting, plan: "Plan") -> list[str]:
+def figures(run: Run, rows: pa.Table, summary: Summary, setting: Setting, plan: Any) -> list[str]:
     """The figures of a run; the names of those that lay maps over pictures."""
     if any(summary["mass"].values()):
         run.figure("mass", *plots.mass(summary))
@@ -132,7 +129,7 @@ def figures(run: Run, rows: pa.Table, summary: Summary, setting: Setting, plan: 
     return made
 
 
-def report(summary: Summary, setting: Setting, plan: "Plan", maps: list[str]) -> str:
+def report(summary: Summary, setting: Setting, plan: Any, maps: list[str]) -> str:
     """The question, what was found of each method beside its null, and the figures."""
     lines = [
         "# Relevance", "", "*Which positions does the answer depend on, by attention and by gradient?*", "",
@@ -191,7 +188,7 @@ def _said_of_mass(summary: Summary) -> list[str]:
             "What a method puts on the object beyond the object's share of the positions (0 is chance), and on the same box mirrored in the picture's centre."]  # fmt: skip
 
 
-def _said_of_deletion(summary: Summary, plan: "Plan") -> list[str]:
+def _said_of_deletion(summary: Summary, plan: Any) -> list[str]:
     found, share = summary["deletion"], str(plan.shares[0])
     good = [
         m for m in plan.methods

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+# What an object's patches and word are held against.
+OWN, OTHER_WORD, OTHER_PATCHES = "own", "a word of another scene", "other patches"
+
 
 class Correspondence(NamedTuple):
     """The share of an object's patches that read as its word, layer by layer."""

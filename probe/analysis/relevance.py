@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probe.attention import Call, attend_rows
 
+RANDOM = "random"  # the order that the others are held against
 BLOCK = 2**24  # attention weights that are held at once: 64 MiB in float32
 FUSIONS = ("mean", "min", "max")
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from probe.analysis.lens import OTHER_PATCHES, OTHER_WORD
 from probe.plots import panels
 from probe.plots.panels import GREY, Line, Pair, Series
 from probe.plots.style import COLOURS, LAYOUT, styled, ticks
 
 Summary = Mapping[str, Any]
-_WORD, _PATCHES = "a word of another scene", "other patches"
 
 
 def correspondence(summary: Summary) -> Pair:
@@ -22,7 +22,7 @@ def correspondence(summary: Summary) -> Pair:
             ("its word, among the likeliest", found["among"]["own"], COLOURS[0], False),
             ("its word, the likeliest", found["first"]["own"], COLOURS[2], False),
         ]
-        for name, colour in ((_WORD, GREY), (_PATCHES, COLOURS[1])):
+        for name, colour in ((OTHER_WORD, GREY), (OTHER_PATCHES, COLOURS[1])):
             if found["among"][name]:
                 lines.append((f"{name}, among", found["among"][name]["curve"], colour, True))
         drawn.append((f"{role.capitalize()}s ({found['n_objects']} objects)", lines))

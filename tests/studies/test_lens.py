@@ -7,11 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from probe import Example, Region, load
+from probe.analysis.lens import OTHER_PATCHES, OTHER_WORD, OWN
 from probe.errors import DataError, StudyError
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.data import everything
-from studies.lens import OTHER_PATCHES, OTHER_WORD, OWN, lens
+from studies.lens import lens
 from studies.objects import known, vocabulary, words_of
 from studies.study import Setting
 from tests import toys
@@ -34,14 +35,14 @@ def test_it_says_what_was_asked(run):
     assert set(found["correspondence"]) == {"noun", "attribute"}
     for one in found["correspondence"].values():
         for kind in ("first", "among"):
-            assert len(one[kind]["own"]["mean"]) == 3
+            assert len(one[kind]["own"]["mean"]) == 8
             assert 0 <= one[kind]["own_at_best"]["low"] <= one[kind]["own_at_best"]["high"] <= 1
             assert one[kind][OTHER_WORD]["at_best"]["n"] == one[kind][OTHER_PATCHES]["at_best"]["n"] == 5
     for roles in found["confidence"].values():
         for one in roles.values():
             assert 0 <= one["auroc"]["low"] <= one["auroc"]["value"] <= one["auroc"]["high"] <= 1
             assert one["n_present"] + one["n_absent"] in (5 * 16, 5 * 8)
-    assert found["erasure"]["layers"] == [0, 1, 2]
+    assert found["erasure"]["layers"] == [0, 2, 4, 6]
     assert found["erasure"]["own"]["n"] == 5
     report = (folder / "report.md").read_text()
     for claim in ("above every null", "beyond every null", "beyond its null", "beyond what erasing"):

@@ -106,7 +106,7 @@ def test_what_cannot_be_scored_is_refused(toy, tmp_path):
             relevance(setting, **asked)
     assert not (tmp_path / "r").exists()
     blind = Data("toys", (Example("a", "what is it ?"),), "t")
-    with pytest.raises(DataError, match="none of the 1 examples could be used; the first: .* shows nothing"):
+    with pytest.raises(DataError, match=r"none of the 1 examples could be used; the first: .* shows nothing"):
         relevance(Setting(subject, blind, tmp_path / "blind"))
     hybrid = toy("qwen3_5")
     data = Data("toys", tuple(toys.pair(hybrid)), "t")
