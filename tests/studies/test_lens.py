@@ -60,6 +60,12 @@ def test_asking_again_gives_the_same_bytes(run):
     assert len(parts) == 3
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs without their figures, which take most of the time of a small one."""
+    monkeypatch.setattr("studies.lens_report.figures", lambda *_: None)
+
+
 def numbers(value):
     """Every number of a summary, in order."""
     if isinstance(value, dict):
@@ -69,6 +75,7 @@ def numbers(value):
     return [float(value)] if isinstance(value, int | float) else []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_batches_and_padding_change_nothing(stranger, tmp_path):
     subject, data = load(str(stranger)), load_data("demo", 5)
     found = [
@@ -82,13 +89,14 @@ def test_batches_and_padding_change_nothing(stranger, tmp_path):
 
 def _labelled(subject):
     pair = toys.pair(subject)
-    regions = [(Region((5, 5, 30, 25), "red ball"),), (Region((2, 2, 20, 20), "dog"),)]
+    regions = [(Region((5.0, 5.0, 30.0, 25.0), "red ball"),), (Region((2.0, 2.0, 20.0, 20.0), "dog"),)]
     return [
         Example(e.id, "is there a dog ?" if i else e.prompt, e.images, regions=r, answer="yes" if i else "no")
         for i, (e, r) in enumerate(zip(pair, regions, strict=True))
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "llava_next"])
 def test_it_runs_on_other_architectures(toy, tmp_path, family):
     subject = toy(family)
@@ -134,6 +142,7 @@ def test_what_is_known_of_a_picture(toy):
     assert everything(pair[0]) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_erased_word_is_the_own_one(stranger, tmp_path):
     """Erased at alpha 0 nothing changes, for any word."""
     found = lens(Setting(load(str(stranger)), load_data("demo", 3), tmp_path / "r"), alpha=0.0, sweep=False)
