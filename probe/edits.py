@@ -92,7 +92,37 @@ class Patch:
             rows[at[:, None], torch.tensor(heads, device=at.device)] = value
 
 
-Edit = Knockout | Ablate | Patch
+@dataclass(frozen=True)
+class Erase:
+    """Directions taken out of the residual stream that leaves a layer: h - alpha max(0, h.t / t.t) t, one after the other.
+
+    `directions` is (direction width), or (batch direction width) where each example has its own. What points away from a
+    direction stays as it is. With the state of a word for t this erases an object (arXiv 2410.02762, section 5): alpha 1.5 there.
+    """
+
+    layer: int
+    positions: Group
+    directions: Tensor
+    alpha: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.directions.dim() not in (2, 3):
+            raise EditError(
+                f"directions are (direction width) or (batch direction width), not of shape {tuple(self.directions.shape)}"
+            )
+        if not bool(self.directions.float().norm(dim=-1).gt(0).all()):
+            raise EditError("a direction of zeros points nowhere: leave it out")
+
+    @property
+    def point(self) -> str:
+        return "resid_post"
+
+    def of(self, example: int) -> Tensor:
+        """The directions of one example of the batch (direction width)."""
+        return self.directions if self.directions.dim() == 2 else self.directions[example]
+
+
+Edit = Knockout | Ablate | Patch | Erase
 
 
 def window(center: int, width: int, n_layers: int) -> range:

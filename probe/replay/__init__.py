@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probe.edits import Edit, Group, Knockout, Patch
+from probe.edits import Edit, Erase, Group, Knockout, Patch
 from probe.example import Example
 from probe.replay.clean import record
 from probe.replay.patches import resolve_patch
@@ -96,20 +96,22 @@ def _naive(subject: Subject, encoded: Encoded, wanted: list[list[tuple[Edit, ...
         named = {name: np.nonzero(np.isin(real, group))[0].tolist() for name, group in token_map.groups.items()}
         own = alone.maps[0].with_groups(**named)
         alone = alone.with_maps([replace(own, crossed=token_map.crossed)])
-        each = [tuple(_alone(edit, token_map, real) for edit in edits) for edits in each]
+        each = [tuple(_alone(edit, token_map, real, i) for edit in edits) for edits in each]
         edited.append(torch.stack([trace(subject, alone, edit=edits).logits[0] for edits in each]) if each else clean[:0])
         runs += len(each)
     per_run = len(encoded.maps[0]) * subject.n_layers
     return Sweep(encoded, clean, tuple(edited), runs * per_run, len(encoded) * per_run)
 
 
-def _alone(edit: Edit, token_map: TokenMap, real: np.ndarray) -> Edit:
+def _alone(edit: Edit, token_map: TokenMap, real: np.ndarray, example: int) -> Edit:
     """The edit on the example without its padding: explicit positions move, groups keep their names."""
     if isinstance(edit, Patch):
         put = resolve_patch(edit, token_map)
         return replace(edit, positions=_without_padding(put.at.tolist(), real), value=edit.value[put.of.to(edit.value.device)])
     if isinstance(edit, Knockout):
         return replace(edit, rows=_without_padding(edit.rows, real), columns=_without_padding(edit.columns, real))
+    if isinstance(edit, Erase):
+        edit = replace(edit, directions=edit.of(example))
     return replace(edit, positions=_without_padding(edit.positions, real))
 
 

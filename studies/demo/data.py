@@ -49,6 +49,16 @@ def as_example(number: int, scene: world.Scene, question: world.Question, tellin
     return Example(**common, images=(partial(_picture, scene),), regions=regions)
 
 
+def everything(example: Example) -> tuple[Region, ...] | None:
+    """Every thing of the scene that an example's picture was drawn from; None for a picture from elsewhere."""
+    source = example.images[0] if example.images else None
+    if not isinstance(source, partial) or source.func is not _picture:
+        return None
+    scene: world.Scene = source.args[0]
+    boxes = picture.draw(scene, held_out=True)[1]
+    return tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in scene.things)
+
+
 def _picture(scene: world.Scene) -> Image.Image:
     return picture.draw(scene, held_out=True)[0]
 
