@@ -25,6 +25,7 @@ STUDIES: dict[str, tuple[str, str]] = {
         "studies.implicit_alignment",
         "Are perceptual and textual tokens implicitly aligned inside the language model, and does that predict what it can do?",
     ),
+    "grounding": ("studies.grounding", "Does the attention of a word find the pixels that it is about?"),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),
