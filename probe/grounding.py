@@ -44,7 +44,7 @@ class PictureMaps:
     the picture's width and height.
     """
 
-    parts: tuple[tuple[Float[Tensor, "channel row column"], Area], ...]
+    parts: tuple[tuple[Float[Tensor, "channel _ _"], Area], ...]
     size: tuple[int, int]
 
     @property

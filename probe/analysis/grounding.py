@@ -155,13 +155,19 @@ def spatial_entropy(table: Float[np.ndarray, "row column"]) -> float:
 
 
 def elbow(values: Float[np.ndarray, " n"]) -> float:
-    """The value at which a sorted series bends: the point farthest below the line from its greatest to its least."""
+    """The least value on the upper side of the bend of a sorted series; the least of all where it does not bend.
+
+    The bend is the point farthest from the line between the greatest and the least: where it lies below the line, a few
+    values stand out and the bend belongs to the rest; where it lies above, a few fall off and it is the last of the others.
+    """
     ordered = np.sort(values)[::-1]
     if len(ordered) < 3 or ordered[0] == ordered[-1]:
         return float(ordered[-1])
-    down = (ordered - ordered[-1]) / (ordered[0] - ordered[-1])
-    line = 1 - np.arange(len(ordered)) / (len(ordered) - 1)
-    return float(ordered[int((line - down).argmax())])
+    height = (ordered - ordered[-1]) / (ordered[0] - ordered[-1]) + np.arange(len(ordered)) / (len(ordered) - 1) - 1
+    at = int(np.abs(height).argmax())
+    if abs(height[at]) < 1e-9:
+        return float(ordered[-1])
+    return float(ordered[at - 1] if height[at] < 0 else ordered[at])
 
 
 def localisation_heads(
@@ -170,7 +176,8 @@ def localisation_heads(
     """The heads that look at the picture, and at one place in it, chosen without boxes (arXiv 2503.06287).
 
     Heads whose mean mass on the picture reaches the elbow of all heads' are kept; each example names the `best` of them by
-    spatial entropy; the heads named most often are chosen, the lower mean entropy first among equals.
+    spatial entropy; the `count` heads named most often are chosen (fewer where fewer look at the picture), the lower mean
+    entropy first among equals.
     """
     means = mass.mean(0)
     kept = np.nonzero(means >= elbow(means))[0]

@@ -105,9 +105,9 @@ def by_layer(summary: Mapping[str, Any]) -> Pair:
     """AUC by layer: the head that the other half of the scenes chose, the mean of all heads, and the null."""
     panels = [
         (SOURCES[source], [
-            ("the layer's best head", found["best"], colour(0), False),
+            ("head chosen on the other half", found["best"], colour(0), False),
             ("mean of the layer's heads", found["mean"], colour(1), False),
-            ("best head, another object's box", found["null"], GREY, True),
+            ("the same head, another object's box", found["null"], GREY, True),
         ])
         for source, found in summary["curves"].items()
     ]  # fmt: skip
