@@ -84,7 +84,7 @@ def test_heads_and_scores_come_from_different_scenes(run):
     assert not chosen & scored
 
 
-def test_asking_again_gives_the_same_bytes(run):
+def test_asking_again_gives_the_same_bytes(run, undrawn):
     folder, _, asked = run
     parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
     for lost in (path for path in parts if "scored" in path.name):
@@ -132,7 +132,7 @@ def _asked(subject, count=4):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl"])
-def test_it_runs_on_other_grids_and_learns_from_the_data_itself(toy, tmp_path, family):
+def test_it_runs_on_other_grids_and_learns_from_the_data_itself(toy, tmp_path, undrawn, family):
     subject = toy(family)
     data = Data("toys", tuple(_asked(subject)), "t")
     found = grounding(Setting(subject, data, tmp_path / "r", batch=1), train_scenes=2, epochs=1, generic="describe the image .")
