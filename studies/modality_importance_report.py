@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.analysis.modality import CATEGORIES, Subset, category, importance, mcnemar, name_of, subsets
-from probe.analysis.stats import benjamini_hochberg, wilson
+from probe.analysis.modality import CATEGORIES, Subset, category, importance, name_of, subsets
+from probe.analysis.stats import benjamini_hochberg, mcnemar, wilson
 from probe.plots import modality as plots
 from studies.modality_conditions import CONTROLS, INTACT, exchanged
 from studies.modality_importance_words import report
@@ -130,7 +130,7 @@ def _exchanged(compared: Sequence[Asked], names: Sequence[str], m: str, seed: in
         "n": len(both), "importance": interval(after, seed), "fall": interval(before - after, seed),
         "probability_fall": interval(_scores(both, m, "prob") - _scores(both, m, "prob", m), seed),
         "accuracy": _accuracy(b), "accuracy_fall": interval(np.array(a) - np.array(b), seed),
-        "p": mcnemar([bool(x) for x in a], [bool(x) for x in b]), "categories": _categories(both, names, m),
+        "p": mcnemar(np.array(a, dtype=bool), np.array(b, dtype=bool)), "categories": _categories(both, names, m),
     }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _reading(compared: Sequence[Asked], names: Sequence[str], seed: int) -> dict
             made[m] = {
                 "text": _accuracy(words), "medium": _accuracy(medium),
                 "difference": interval(np.array(words) - np.array(medium), seed),
-                "p": mcnemar([bool(x) for x in words], [bool(x) for x in medium]),
+                "p": mcnemar(np.array(words, dtype=bool), np.array(medium, dtype=bool)),
             }  # fmt: skip
     return made
 
@@ -163,7 +163,7 @@ def _controls(whole: Sequence[Asked], seed: int) -> dict[str, Any]:
                 "accuracy": _accuracy(b), "intact": _accuracy(a), "fall": interval(np.array(a) - np.array(b), seed),
                 "probability_fall": interval(np.array([one.prob[INTACT] - one.prob[name] for one in both]), seed),
                 "agreement": _accuracy([float(one.said[INTACT] == one.said[name]) for one in both]),
-                "p": mcnemar([bool(x) for x in a], [bool(x) for x in b]),
+                "p": mcnemar(np.array(a, dtype=bool), np.array(b, dtype=bool)),
             }  # fmt: skip
     q = benjamini_hochberg(np.array([one["p"] for one in made.values()], dtype=np.float64))
     return {name: {**one, "q": float(value)} for (name, one), value in zip(made.items(), q, strict=True)}

@@ -5,7 +5,6 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from probe.errors import EditError
 
@@ -64,16 +63,6 @@ def category(right: Mapping[Subset, float], modalities: Sequence[str]) -> str:
 def name_of(subset: Subset) -> str:
     """A subset as words, `image+text`; `nothing` where it is empty."""
     return "+".join(sorted(subset)) or "nothing"
-
-
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """McNemar's exact test that two ways of asking the same questions are right equally often: the two-sided p-value.
-
-    Only questions of which one way was right and the other wrong say anything; without such questions p is 1.
-    """
-    first = sum(x and not y for x, y in zip(a, b, strict=True))
-    second = sum(y and not x for x, y in zip(a, b, strict=True))
-    return float(stats.binomtest(first, first + second, 0.5).pvalue) if first + second else 1.0
 
 
 def orders(players: int, samples: int, seed: int) -> list[list[int]]:

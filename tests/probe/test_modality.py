@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from probe.analysis.modality import CATEGORIES, category, importance, mcnemar, name_of, shapley, shares, subsets
+from probe.analysis.modality import CATEGORIES, category, importance, name_of, shapley, shares, subsets
 from probe.errors import EditError, ExampleError
 from probe.shares import contributions, players_of
 from probe.tracing import last_logits
@@ -57,13 +57,6 @@ def test_bad_scores_are_refused():
     with pytest.raises(EditError, match=r"S\+V has none"):
         importance({frozenset("V"): 1.0, frozenset("S"): 1.0}, "VS")
     assert name_of(frozenset()) == "nothing"
-
-
-def test_mcnemar_counts_what_differs():
-    a, b = [True] * 6 + [False], [False] * 6 + [False]
-    assert mcnemar(a, b) == pytest.approx(2 * 0.5**6)
-    assert mcnemar(a, a) == 1
-    assert mcnemar([True, False], [False, True]) == 1
 
 
 def test_shapley_values_are_exact_on_small_games():
