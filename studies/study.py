@@ -25,6 +25,11 @@ STUDIES: dict[str, tuple[str, str]] = {
         "studies.implicit_alignment",
         "Are perceptual and textual tokens implicitly aligned inside the language model, and does that predict what it can do?",
     ),
+    "similarity": ("studies.similarity", "Do layers, modalities and models represent the same examples alike?"),
+    "probing": ("studies.probing", "At which layer can each fact of a scene be read, and from which tokens?"),
+    "vision-layers": (
+        "studies.vision_layers", "Which layers of the vision tower carry which facts, and what does merging levels give?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

@@ -8,6 +8,7 @@ similarity that is not defined is NaN, and whole grids come with what permuted p
 examples than dimensions: the unbiased one is the default.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -128,6 +129,12 @@ class Kernels:
         return _flat(self.kernel, self.unbiased)
 
     @cached_property
+    def varies(self) -> Bool[Tensor, " state"]:
+        """Whether a state tells examples apart beyond rounding; before the first layer the last position may hold the same for all."""
+        whole = self.kernel.square().sum((-2, -1))
+        return self.flat.square().sum(-1) > 1e-10 * whole
+
+    @cached_property
     def near(self) -> Int[Tensor, "state n k"]:
         return neighbours(self.kernel, self.k)
 
@@ -163,7 +170,7 @@ def _ratio(a: Float[Tensor, "a n"], b: Float[Tensor, "b n"]) -> Float[Tensor, "a
 def compare(
     a: Kernels, b: Kernels, metrics: tuple[str, ...] = METRICS, order: Int[Tensor, " n"] | None = None
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Each metric of every state of `a` with every state of `b` (a b); `order` pairs example i of a with example order[i] of b.
+    """Each metric of every state of `a` with every state of `b` (a b), NaN with a state that does not vary; `order` pairs example i of a with example order[i] of b.
 
     Raises DataError where the two do not hold as many examples.
     """
@@ -182,26 +189,29 @@ def compare(
             scale = a.own[:, None] * b.own[None]
             good = (a.own[:, None] > 0) & (b.own[None] > 0)
             found["cknna"] = torch.where(good, alike / scale.clamp(min=1e-300).sqrt(), torch.nan).numpy()
-    return found
+    unknown = ~(a.varies[:, None] & b.varies[None]).numpy()
+    return {metric: np.where(unknown, np.nan, grid) for metric, grid in found.items()}
 
 
 def _masked(
     a: Kernels, b: Kernels, order: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:  # fmt: skip
     """How many neighbours agree, and the unbiased HSIC of the kernels masked by them; only a's neighbours are looked at."""
-    n, counts, alike = len(a), [], []
-    for near, kernel, member in zip(a.near, a.kernel, a.member, strict=True):
-        i = torch.arange(n)[:, None].expand_as(near)
-        there, back = b.member[:, order[i], order[near]], b.member[:, order[near], order[i]]
-        ours = kernel[i, near] * there
-        theirs = b.kernel[:, order[i], order[near]] * there
-        trace = (ours * theirs * (member[near, i] & back)).sum((1, 2))
-        into = torch.zeros(len(ours), n, dtype=ours.dtype).index_add_(1, near.flatten(), ours.flatten(1))
-        total = ours.sum((1, 2)) * theirs.sum((1, 2)) / ((n - 1) * (n - 2))
-        through = (into * theirs.sum(2)).sum(1)  # the sum of all entries of the product of the masked kernels
-        counts.append(there.sum((1, 2)).double())
-        alike.append((trace + total - 2 * through / (n - 2)) / (n * (n - 3)))
-    return torch.stack(counts), torch.stack(alike)
+    n, states = len(a), torch.arange(len(a.kernel))[:, None, None]
+    i, near = torch.arange(n)[None, :, None].expand_as(a.near), a.near
+    i_there, near_there = order[i], order[near]
+    shared = b.member[:, i_there, near_there]  # b a n k, as what follows
+    ours = a.kernel[states, i, near] * shared
+    theirs = b.kernel[:, i_there, near_there] * shared
+    mutual = a.member[states, near, i] & b.member[:, near_there, i_there]
+    trace = (ours * theirs * mutual).sum((2, 3))
+    total = ours.sum((2, 3)) * theirs.sum((2, 3)) / ((n - 1) * (n - 2))
+    into = torch.zeros(ours.shape[:3], dtype=ours.dtype).scatter_add(
+        2, near.flatten(1).expand(len(ours), -1, -1), ours.flatten(2)
+    )
+    through = (into * theirs.sum(3)).sum(2)  # the sum of all entries of the product of the masked kernels
+    alike = (trace + total - 2 * through / (n - 2)) / (n * (n - 3))
+    return shared.sum((2, 3)).double().T, alike.T
 
 
 class Beside(NamedTuple):
@@ -220,7 +230,7 @@ class Beside(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """One metric: every state against every state (a b), and the mean over states of the same depth, which has no shape."""
+    """One metric: every state against every state (a b), and its mean over some of these cells, which has no shape."""
 
     grid: Beside
     along: Beside
@@ -232,18 +242,23 @@ def same_depth(a: int, b: int) -> list[tuple[int, int]]:
 
 
 def beside_permuted(
-    a: Kernels, b: Kernels, permutations: int = 200, seed: int = 0, metrics: tuple[str, ...] = METRICS
-) -> dict[str, Compared]:
-    """Every metric beside that of permuted pairs, which keep each set as it is and lose which example is which."""
+    a: Kernels, b: Kernels, permutations: int = 200, seed: int = 0, metrics: tuple[str, ...] = METRICS,
+    cells: Sequence[tuple[int, int]] = (),
+) -> dict[str, Compared]:  # fmt: skip
+    """Every metric beside that of permuted pairs, which keep each set as it is and lose which example is which.
+
+    `along` is the mean over `cells`, those of the same depth by default.
+    """
     rng = np.random.default_rng(seed)
-    n, cells = len(a), tuple(np.array(same_depth(len(a.kernel), len(b.kernel))).T)
+    n, at = len(a), tuple(np.array(list(cells) or same_depth(len(a.kernel), len(b.kernel))).T)
     observed = compare(a, b, metrics)
     drawn = [compare(a, b, metrics, torch.from_numpy(rng.permutation(n))) for _ in range(permutations)]
     left = _without(rng.permutation(n), a, b, metrics)
     made = {}
     for metric in observed:
         value, null, kept = observed[metric], *(np.stack([one[metric] for one in found]) for found in (drawn, left))
-        along = (np.asarray(grid[(..., *cells)].mean(-1)) for grid in (value, null, kept))
+        known = [grid[(..., *at)][..., ~np.isnan(value[at])] for grid in (value, null, kept)]
+        along = (np.asarray(cell.mean(-1)) if cell.shape[-1] else np.full(cell.shape[:-1], np.nan) for cell in known)
         made[metric] = Compared(_against(value, null, kept), _against(*along))
     return made
 

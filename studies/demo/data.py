@@ -30,7 +30,7 @@ def examples(
 
 
 def _example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
-    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split}
+    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split, **facts(scene, question)}
     common: dict[str, Any] = {
         "id": f"demo-{number:05d}", "prompt": question.text, "suffix": SUFFIX, "answer": question.answer,
         "choices": (question.answer, question.distractor), "tags": {key: value for key, value in tags.items() if value},
@@ -44,6 +44,14 @@ def _example(number: int, scene: world.Scene, question: world.Question, telling:
     boxes = picture.draw(scene, held_out=True)[1]
     regions = tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in question.about)
     return Example(**common, images=(partial(_picture, scene),), regions=regions)
+
+
+def facts(scene: world.Scene, question: world.Question) -> dict[str, str]:
+    """What probes look for, as tags `fact:...`: of the first thing that the question is about, if any, and of the whole scene."""
+    thing = question.about[0] if question.about else None
+    of_thing = {"colour": thing.colour, "name": thing.name, "cell": world.CELLS[thing.cell]} if thing else {}
+    of_scene = {"things": str(len(scene.things)), "circle": "there" if scene.named("circle") else "not there"}
+    return {f"fact:{name}": value for name, value in {**of_thing, **of_scene}.items()}
 
 
 def _picture(scene: world.Scene) -> Image.Image:

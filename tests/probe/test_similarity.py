@@ -125,3 +125,8 @@ def test_what_cannot_be_compared_is_refused():
 
 def test_what_does_not_vary_is_like_nothing():
     assert np.isnan(cka(torch.ones(6, 3), draw(6, 3)))
+    a = torch.stack([torch.ones(12, 4, dtype=torch.float64) + 1e-8 * draw(12, 4), draw(12, 4)])  # the first state is rounding
+    found = beside_permuted(*(Kernels(linear_kernel(a), 3) for _ in range(2)), permutations=20)
+    for metric in similarity.METRICS:
+        assert np.isnan(found[metric].grid.value).tolist() == [[True, True], [True, False]]
+        assert found[metric].along.value == pytest.approx(1)
