@@ -4,6 +4,7 @@ Linear probes on group means of every state, one forward pass for each example, 
 labels, and patches that show something else. No picture is both trained and tested on.
 """
 
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -84,9 +85,7 @@ def summarise(
     values = {name: [own[i] for i in kept] for name, own in values.items()}
     states = {name: states_of(rows, name, ids) for name in chosen}
 
-    def read(*args: Any) -> Summary:
-        return read_fact(*args, seed=setting.seed, folds=folds, tolerance=tolerance)
-
+    read = partial(read_fact, seed=setting.seed, folds=folds, tolerance=tolerance)
     with progress("probing: probes", len(values) * len(chosen), setting.quiet, "probes") as advance:
         found, refused = read_all(values, states, scenes_of(rows, ids), [type_of(e) for e in examples], read, advance)
     best = {name: max(groups, key=lambda g: groups[g]["best"]["value"]) for name, groups in found.items()}

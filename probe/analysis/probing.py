@@ -5,7 +5,7 @@ inside it. Selectivity is accuracy minus that of a control task with one random 
 """
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from probe.errors import DataError
 
 STRENGTHS = (0.1, 1.0, 10.0)  # C of features whose squares sum to one on average: no question of how wide they are
 FOLDS = 3
+BEST = "best single layer"
 LEAST = 12  # examples with a fact, below which nothing is probed
 
 
@@ -95,6 +96,7 @@ def predict(
     found = []
     with warnings.catch_warnings():  # a probe need not be at its optimum: it is judged by what it predicts
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         for strength in strengths:
             found.append(model.set_params(C=strength).fit(train, labels).predict(test))
     return np.stack(found)
@@ -110,6 +112,7 @@ class Probed:
     correct: Bool[np.ndarray, "state item"]
     control: Bool[np.ndarray, "state item"]
     majority: Bool[np.ndarray, " item"]
+    fold: Int[np.ndarray, " item"]  # in which each was tested
     strengths: tuple[float, ...]  # C of each fold
     inner: Float[np.ndarray, "state fold"]  # accuracy inside the training part, of the states that were looked at; else NaN
 
@@ -141,7 +144,25 @@ def probe_fact(
             for truth, into in ((labels, correct), (random, control)):
                 said = predict(states[state, train], truth[train], states[state, test], [STRENGTHS[best]])[0]
                 into[state, test] = said == truth[test]
-    return Probed(correct, control, majority, tuple(chosen), inner)
+    return Probed(correct, control, majority, fold, tuple(chosen), inner)
+
+
+def merge(
+    states: Float[np.ndarray, "state item width"], labels: Int[np.ndarray, " item"], groups: Sequence[Hashable],
+    merges: Mapping[str, Sequence[int]], folds: int = FOLDS, seed: int = 0,
+) -> dict[str, Bool[np.ndarray, " item"]]:  # fmt: skip
+    """Which items are read from states laid side by side, and from the best single state (`BEST`), on the same folds.
+
+    The best single state is chosen for each fold inside its training part: chosen by what it is tested on, it would look better than it is.
+    """
+    every = range(len(states))
+    alone = probe_fact(states, labels, groups, list(groups), folds, seed, every)
+    best = alone.inner.argmax(0)[alone.fold]
+    found = {BEST: alone.correct[best, np.arange(len(labels))]}
+    for name, chosen in merges.items():
+        beside = np.concatenate([states[state] for state in chosen], -1)[None]
+        found[name] = probe_fact(beside, labels, groups, list(groups), folds, seed).correct[0]
+    return found
 
 
 def _inner(

@@ -13,6 +13,7 @@ from probe.analysis.probing import (
     curve_of,
     drawn_means,
     folds_of,
+    merge,
     onset,
     predict,
     probe_fact,
@@ -38,6 +39,20 @@ def test_a_planted_fact_is_read_and_only_where_it_is():
     assert found.control.mean() < 0.5  # a type that is seen once cannot be remembered
     assert found.inner[1].min() == 1
     assert len(found.strengths) == 3
+
+
+def test_what_two_layers_hold_is_read_from_both():
+    """One state holds one half of a fact, another the other: only laid side by side do they say all of it."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2, (2, 120))
+    x = rng.normal(size=(3, 120, 8))
+    x[0, :, 0] += 8 * a
+    x[2, :, 0] += 8 * b
+    found = merge(x, 2 * a + b, list(range(120)), {"both": [0, 2], "one": [0]})
+    assert list(found) == [probing.BEST, "both", "one"]
+    assert found["both"].mean() > 0.95
+    assert 0.3 < found[probing.BEST].mean() < 0.65
+    assert 0.3 < found["one"].mean() < 0.65
 
 
 def test_random_labels_are_read_by_chance():
