@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -94,7 +95,8 @@ def predict(
         train, test = train @ basis.T, test @ basis.T
     model = LogisticRegression(C=1.0, max_iter=60, tol=1e-3, warm_start=True)
     found = []
-    with warnings.catch_warnings():  # a probe need not be at its optimum: it is judged by what it predicts
+    with config_context(assume_finite=True, skip_parameter_validation=True), warnings.catch_warnings():
+        # A probe need not be at its optimum: it is judged by what it predicts.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         for strength in strengths:

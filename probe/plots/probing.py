@@ -25,16 +25,16 @@ def accuracy(found: Found, key: str = "accuracy", axis: str = "held-out accuracy
 
 
 def onsets(found: Found, label: str = "state") -> Pair:
-    """From which state on each fact is readable, with its interval; a mark for each token group that reads it."""
-    series = []
+    """From which state on each fact is readable, with its interval; a panel for each token group that reads any."""
+    panels = []
     for i, group in enumerate(_names(found)):
         own = {
             fact: {"value": groups[group]["onset"]["state"], **{k: groups[group]["onset"][k] for k in ("low", "high")}}
             for fact, groups in found.items() if group in groups and groups[group]["onset"] is not None
         }  # fmt: skip
         if own:
-            series.append((group, own, MARKS.get(group, colour(i))))
-    return values([("readable from", series)], label)
+            panels.append((group, [(group, own, MARKS.get(group, colour(i)))]))
+    return values(panels, label)
 
 
 def _names(found: Found) -> Sequence[str]:

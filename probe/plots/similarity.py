@@ -16,7 +16,7 @@ def grids(pairs: Mapping[str, Mapping[str, Any]], axes: tuple[str, str], metric:
     found = [np.array(one[metric]["grid"]["value"], dtype=float) for one in pairs.values()]
     rows, columns = (str(i) for i in range(found[0].shape[0])), (str(i) for i in range(found[0].shape[1]))
     return tables(
-        list(pairs), found, list(rows), list(columns), (0.0, 1.0), "viridis", NAMES[metric], down=axes[0], across=axes[1]
+        list(pairs), found, list(rows), list(columns), (0.0, 1.0), "Blues", NAMES[metric], down=axes[0], across=axes[1]
     )
 
 
@@ -40,8 +40,8 @@ def depth(pairs: Mapping[str, Mapping[str, Any]]) -> Pair:
 def overview(pairs: Mapping[str, Mapping[str, Any]]) -> Pair:
     """Each pair's mean over states of the same depth with its interval, beside 95 % of the permutations; a panel for each metric."""
     panels = []
-    for i, metric in enumerate(METRICS):
+    for metric in METRICS:
         known = {title: one[metric]["along"] for title, one in pairs.items() if one[metric]["along"]["value"] is not None}
         null = {title: {"value": one["null"], "low": one["null_low"], "high": one["null_high"]} for title, one in known.items()}
-        panels.append((NAMES[metric], [("matched", known, colour(i)), ("permuted", null, GREY)]))
+        panels.append((NAMES[metric], [("matched", known, colour(0)), ("permuted", null, GREY)]))
     return values(panels, "mean over states")
