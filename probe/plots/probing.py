@@ -29,7 +29,7 @@ def onsets(found: Found, label: str = "state") -> Pair:
     panels = []
     for i, group in enumerate(_names(found)):
         own = {
-            fact: {"value": groups[group]["onset"]["state"], **{k: groups[group]["onset"][k] for k in ("low", "high")}}
+            fact: {end: float(groups[group]["onset"][key]) for end, key in (("value", "state"), ("low", "low"), ("high", "high"))}
             for fact, groups in found.items() if group in groups and groups[group]["onset"] is not None
         }  # fmt: skip
         if own:

@@ -50,7 +50,7 @@ def test_what_two_layers_hold_is_read_from_both():
     x[2, :, 0] += 8 * b
     found = merge(x, 2 * a + b, list(range(120)), {"both": [0, 2], "one": [0]})
     assert list(found) == [probing.BEST, "both", "one"]
-    assert found["both"].mean() > 0.95
+    assert found["both"].mean() > 0.9
     assert 0.3 < found[probing.BEST].mean() < 0.65
     assert 0.3 < found["one"].mean() < 0.65
 

@@ -22,7 +22,7 @@ from tests import toys
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probing") / "r"
-    words = ["study", "probing", "--model", "demo", "--limit", "40", "--facts", "colour,circle", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
+    words = ["study", "probing", "--model", "demo", "--limit", "32", "--facts", "colour,circle", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     return folder, json.loads(result.stdout.strip().splitlines()[-1]), words
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 def test_it_says_what_was_asked(run):
     folder, found, _ = run
-    assert found["n"] == 40
+    assert found["n"] == 32
     assert set(found["facts"]) == {"colour", "circle"}
     assert set(found["facts"]["colour"]) == {"object", "other", "shown", "word", "last"}
     checked = 0

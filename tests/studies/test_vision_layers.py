@@ -19,7 +19,7 @@ from tests import toys
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower") / "r"
-    words = ["study", "vision-layers", "--model", "demo", "--limit", "40", "--facts", "colour", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
+    words = ["study", "vision-layers", "--model", "demo", "--limit", "32", "--facts", "colour", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     return folder, json.loads(result.stdout.strip().splitlines()[-1]), words
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 def test_it_says_what_was_asked(run):
     folder, found, _ = run
-    assert (found["n"], found["place"]) == (40, "object")
+    assert (found["n"], found["place"]) == (32, "object")
     assert found["tower"] == {"kind": "vision", "path": "model.vision_tower.encoder.layers", "layers": 5, "read": [5]}
     own, other = (found["facts"]["colour"][place] for place in ("object", "other"))
     assert len(own["accuracy"]["mean"]) == 6
@@ -63,7 +63,7 @@ def test_asking_again_gives_the_same_bytes(run):
 
 
 def test_batches_and_padding_change_nothing(stranger, tmp_path):
-    subject, data = load(str(stranger)), load_data("demo", 24)
+    subject, data = load(str(stranger)), load_data("demo", 18)
     found = [
         vision_layers(Setting(subject, data, tmp_path / f"{size}{side}", batch=size, padding=side), facts="colour")
         for size, side in ((1, "left"), (8, "right"))
