@@ -39,6 +39,7 @@ class Source:
     name: str
     subject: Subject
     examples: tuple[Example, ...]
+    fingerprint: str  # of the examples
 
 
 @study
@@ -67,7 +68,7 @@ def similarity(
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "limit": len(setting.data), "batch": setting.batch,
         "padding": setting.padding, "seed": setting.seed, "other": other, "twin": twin, "k": k, "clip": clip, "normalise": normalise,
-        "unbiased": unbiased, "permutations": permutations,
+        "unbiased": unbiased, "permutations": permutations, "sources": {s.name: [describe(s.subject), s.fingerprint] for s in sources},
     }  # fmt: skip
     run = Run.open(setting.out, "similarity", config, describe(setting.subject), SCHEMA)
     with run.recorded():
@@ -76,17 +77,17 @@ def similarity(
 
 def _sources(setting: Setting, other: str, twin: str) -> list[Source]:
     """The model, the other model on the same examples, and the model on the same scenes told another way."""
-    sources = [Source("model", setting.subject, setting.data.examples)]
+    sources = [Source("model", setting.subject, setting.data.examples, setting.data.fingerprint)]
     if other != "none":
         subject = load_member(other, str(setting.subject.device), setting.subject.dtype)
-        sources.append(Source("other", subject, setting.data.examples))
+        sources.append(Source("other", subject, setting.data.examples, setting.data.fingerprint))
     if twin != "none":
         told = load_data(twin, len(setting.data), seed=setting.seed)
         if len(told) < len(setting.data) or any(a.prompt != b.prompt for a, b in zip(setting.data.examples, told.examples, strict=False)):  # fmt: skip
             raise DataError(
                 f"{twin} does not ask the questions of {setting.data.name} in the same order: its scenes cannot be paired"
             )
-        sources.append(Source("twin", setting.subject, told.examples))
+        sources.append(Source("twin", setting.subject, told.examples, told.fingerprint))
     return sources
 
 

@@ -53,7 +53,7 @@ def vision_layers(
     names = list(facts_of(setting.data.examples, ",".join(DEMO) if own else facts))
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "limit": len(setting.data), "batch": setting.batch,
-        "seed": setting.seed, "tower": layers.path, "facts": names, "folds": folds, "tolerance": tolerance,
+        "padding": setting.padding, "seed": setting.seed, "tower": layers.path, "facts": names, "folds": folds, "tolerance": tolerance,
     }  # fmt: skip
     run = Run.open(setting.out, "vision-layers", config, describe(setting.subject), SCHEMA)
     with run.recorded():
