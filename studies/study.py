@@ -47,6 +47,11 @@ STUDIES: dict[str, tuple[str, str]] = {
     "lens": ("studies.lens", "Which words does each position of what is shown become, and at which layer?"),
     "relevance": ("studies.relevance", "Which positions does the answer depend on, by attention and by gradient?"),
     "grounding": ("studies.grounding", "Does the attention of a word find the pixels that it is about?"),
+    "similarity": ("studies.similarity", "Do layers, modalities and models represent the same examples alike?"),
+    "probing": ("studies.probing", "At which layer can each fact of a scene be read, and from which tokens?"),
+    "vision-layers": (
+        "studies.vision_layers", "Which layers of the vision tower carry which facts, and what does merging levels give?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

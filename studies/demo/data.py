@@ -33,7 +33,7 @@ def examples(
 
 def as_example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
     """A question about a scene as an Example, told in pictures, sentences, clips or sounds."""
-    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split}
+    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split, **facts(scene, question)}
     common: dict[str, Any] = {
         "id": f"demo-{number:05d}", "prompt": question.text, "suffix": SUFFIX, "answer": question.answer,
         "choices": (question.answer, question.distractor), "tags": {key: value for key, value in tags.items() if value},
@@ -59,6 +59,14 @@ def everything(example: Example) -> tuple[Region, ...] | None:
     return tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in scene.things)
 
 
+def facts(scene: world.Scene, question: world.Question) -> dict[str, str]:
+    """What probes look for, as tags `fact:...`: of the first thing that the question is about, if any, and of the whole scene."""
+    thing = question.about[0] if question.about else None
+    of_thing = {"colour": thing.colour, "name": thing.name, "cell": world.CELLS[thing.cell]} if thing else {}
+    of_scene = {"things": str(len(scene.things)), "circle": "there" if scene.named("circle") else "not there"}
+    return {f"fact:{name}": value for name, value in {**of_thing, **of_scene}.items()}
+
+
 def _picture(scene: world.Scene) -> Image.Image:
     return picture.draw(scene, held_out=True)[0]
 
@@ -74,11 +82,7 @@ def _sound(scene: world.Scene) -> tuple[np.ndarray, int]:
 
 def furnished(example: Example) -> Example:
     """The example with a region for every thing in its picture, not only those that it asks about; as it is without such a picture."""
-    shown = example.images[0] if example.images else None
-    if not (isinstance(shown, partial) and shown.func is _picture):
-        return example
-    boxes = picture.draw(shown.args[0], held_out=True)[1]
-    return replace(example, regions=tuple(Region(box, f"{thing.colour} {thing.name}") for thing, box in boxes.items()))
+    return replace(example, regions=everything(example) or example.regions)
 
 
 def twin(example: Example) -> str:
