@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from compress.memory import peak_memory
 from probe.backends import BACKENDS
 from probe.errors import StudyError
 from probe.recorders import Mass, Recorder, Residual, Rows
@@ -25,7 +26,7 @@ from probe.store import Store, StoreWriter
 from probe.subject import Encoded, Subject
 from probe.tracing import Trace, last_logits, trace
 from studies.run import Run
-from studies.speed import SCHEMA, eager_forward, interleaved, paired, peak_memory
+from studies.speed import SCHEMA, eager_forward, interleaved, paired
 from studies.study import Summary, study
 
 QUANTITIES: dict[str, Recorder] = {

@@ -36,6 +36,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that the model folder brings along")]
 Batch = Annotated[int, typer.Option(min=1, help="examples in a forward pass")]
 Padding = Annotated[Literal["left", "right"], typer.Option(help="where shorter prompts of a batch are filled up")]
+Rounds = Annotated[int, typer.Option(min=0, help="how often answers are timed, in turns with the dense model; 0: not at all")]
+Tokens = Annotated[int, typer.Option(min=2, help="how many tokens each timed answer has")]
 Columns = Annotated[list[str] | None, typer.Option("--columns", help="FIELD=COLUMN for datasets; repeat it")]
 
 
@@ -77,6 +79,7 @@ def _load(model: str, device: str | None, dtype: str | None, device_map: str | N
     import torch
     from transformers.utils import logging
 
+    from compress import ledger, saving
     from probe.errors import LoadError
     from probe.subject import load
 
@@ -92,7 +95,19 @@ def _load(model: str, device: str | None, dtype: str | None, device_map: str | N
         raise LoadError(
             f"there is no device {device!r} here: name cpu, or cuda where there is a GPU (sightline doctor)"
         ) from error
+    if (Path(model) / ledger.FILE).is_file():
+        if device_map:
+            raise LoadError(f"{model} is a compressed model, which is opened on one device: leave --device-map out")
+        return saving.load(model, kinds[dtype] if dtype else None, device)
     return load(model, kinds[dtype] if dtype else None, device, device_map, trust)
+
+
+def _load_data(data: str, limit: int | None, columns: list[str] | None, seed: int) -> Any:
+    from studies.data import load_data
+
+    if wrong := [item for item in columns or [] if "=" not in item]:
+        raise StudyError(f"--columns maps a field to a column, prompt=question, not {wrong[0]!r}")
+    return load_data(data, limit, dict(item.split("=", 1) for item in columns or []), seed)
 
 
 @app.command()
@@ -217,15 +232,85 @@ def study(
         if name in ("speed", "backends", "analyses"):  # they bring their own model and data
             summary = function(out=out, seed=seed, device=device, dtype=dtype, quiet=quiet, **options)
         else:
-            from studies.data import load_data
-
-            if wrong := [item for item in columns or [] if "=" not in item]:
-                raise StudyError(f"--columns maps a field to a column, prompt=question, not {wrong[0]!r}")
-            mapping = dict(item.split("=", 1) for item in columns or [])
-            found = load_data(data, limit, mapping, seed)
+            found = _load_data(data, limit, columns, seed)
             subject = _load(model, device, dtype, device_map, trust_remote_code)
             summary = function(Setting(subject, found, out, seed, batch, quiet, padding), **options)
         _say(summary, as_json, lambda: f"report: {summary['run']}/report.md")
+
+
+@app.command()
+def measure(
+    model: Model = "demo", data: DataName = "demo", limit: Limit = None,
+    dense: Annotated[str | None, typer.Option(help="the model that it was made from: compares item by item, and in turns")] = None,
+    batch: Batch = 8, rounds: Rounds = 24, tokens: Tokens = 16, columns: Columns = None, out: Out = None, seed: Seed = 0,
+    device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None, trust_remote_code: Trust = False, as_json: Json = False,
+    quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Accuracy, latency, memory and cost of one model, beside the dense one where it is named."""
+    with _errors(debug):
+        found = _load_data(data, limit, columns, seed)
+        subject = _load(model, device, dtype, device_map, trust_remote_code)
+        other = _load(dense, device, dtype, device_map, trust_remote_code) if dense else None
+        from studies.bench import Bench
+        from studies.measuring import measure as measured
+        from studies.points import sentence
+
+        bench = Bench(other or subject, found, batch, rounds, tokens, seed=seed)
+        result = measured(subject, other, bench, out, quiet)
+        _say(result, as_json, lambda: f"{sentence(result)}\nreport: {result['run']}/report.md")
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Argument(help="a recipe: passes in order, as YAML (docs/compress/recipes.md)")],
+    model: Model = "demo", data: DataName = "demo", limit: Limit = 64, out: Out = None, batch: Batch = 8, rounds: Rounds = 12,
+    tokens: Tokens = 8, columns: Columns = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, trust_remote_code: Trust = False,
+    as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Apply a recipe, save the smaller model with its ledger, and measure it briefly against the dense one."""
+    with _errors(debug):
+        _quiet_libraries()
+        from compress.recipe import read
+
+        asked = read(recipe)
+        found = _load_data(data, limit, columns, seed)
+        subject = _load(model, device, dtype, None, trust_remote_code)
+        from studies.bench import Bench
+        from studies.measuring import gather, make
+        from studies.points import sentence
+
+        folder = out or Path("runs") / "compress" / asked.name
+        bench = Bench(subject, found, batch, rounds, tokens, seed=seed)
+        result = make(subject, asked, bench, folder, quiet, gather(subject, asked, found.examples, seed))
+        _say(result, as_json, lambda: (
+            f"{sentence(result['measured'])}\nmodel: {result['model']}\nloads in plain transformers: {result['loads_in_transformers']}"
+        ))  # fmt: skip
+
+
+@app.command()
+def search(
+    space: Annotated[Path, typer.Argument(help="a recipe with free values, {low: 4, high: 32} (docs/compress/search.md)")],
+    model: Model = "demo", data: DataName = "demo", limit: Limit = None,
+    cost: Annotated[Literal["flops", "prefill", "answer"], typer.Option(help="what is to be low while accuracy is high")] = "flops",
+    trials: Annotated[int, typer.Option(min=1, help="how many points are tried, those of an earlier call included")] = 24,
+    batch: Batch = 8, rounds: Rounds = 12, tokens: Tokens = 8, columns: Columns = None, out: Out = None, seed: Seed = 0, device: Device = None,
+    dtype: Dtype = None, trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """The frontier of accuracy and cost over a recipe's free numbers; killed and asked again, it goes on."""
+    with _errors(debug):
+        _quiet_libraries()
+        from compress.search import read_space
+
+        asked = read_space(space)
+        if cost != "flops" and not rounds:
+            raise StudyError(f"--cost {cost} is measured: --rounds must be at least 1")
+        found = _load_data(data, limit, columns, seed)
+        subject = _load(model, device, dtype, None, trust_remote_code)
+        from studies.bench import Bench
+        from studies.search import explore
+
+        result = explore(asked, Bench(subject, found, batch, rounds, tokens, seed=seed), out, trials, cost, quiet)
+        _say(result, as_json, lambda: f"on the frontier: {', '.join(result['frontier'])}\nreport: {result['run']}/report.md")
 
 
 @app.command()

@@ -127,6 +127,10 @@ class Run:
         parts = [pq.read_table(self.part(key), schema=self.schema, read_dictionary=words) for key in keys]
         return pa.concat_tables(parts).unify_dictionaries()
 
+    def rows_of(self, key: str) -> pa.Table:
+        """The rows of one unit; no other is touched."""
+        return pq.read_table(self.part(key), schema=self.schema)
+
     # --- results ---
 
     def write_json(self, name: str, value: Any) -> None:

@@ -6,7 +6,6 @@ replayed three-flow sweep; then, in turns with the replayed sweep again, the nai
 layer and flow.
 """
 
-import gc
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from compress.memory import peak_memory
 from probe.analysis.flow import FLOWS, default_window
 from probe.edits import Knockout, window
 from probe.errors import StudyError
@@ -130,35 +130,6 @@ def interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes above the resting level at the worst moment of a call, its result held: CUDA's own count, or the process's."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        held = call()
-        peak = torch.cuda.max_memory_allocated(device) - before
-        del held
-        return int(peak)
-    return _tensor_peak(call)
-
-
-def _tensor_peak(call: Callable[[], Any]) -> int:
-    """On a CPU: the most bytes of tensors alive at once, from torch's own allocation events."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        held = call()
-    del held
-    level = peak = 0
-    for event in sorted(
-        (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
 
 
 def _streamed(examples: int, quiet: bool) -> dict[str, float]:

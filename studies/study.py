@@ -52,6 +52,9 @@ STUDIES: dict[str, tuple[str, str]] = {
     "vision-layers": (
         "studies.vision_layers", "Which layers of the vision tower carry which facts, and what does merging levels give?",
     ),
+    "tradeoffs": (
+        "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

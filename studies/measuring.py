@@ -1,0 +1,125 @@
+"""`sightline measure` and `sightline compress`: what one model costs and can do, beside the dense model that it was made from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from compress.ledger import FILE
+from compress.passes.base import Evidence, Pass
+from compress.passes.layers import RemoveLayers
+from compress.recipe import Recipe, compress
+from compress.saving import loads_in_transformers, save
+from probe.errors import RunError
+from probe.example import Example
+from probe.subject import Subject
+from studies.bench import SCHEMA, Bench, Configuration, collect
+from studies.points import broken, figure, sentence, table
+from studies.run import Run
+from studies.study import describe, progress
+
+
+def measure(subject: Subject, dense: Subject | None, bench: Bench, out: Path | None, quiet: bool) -> dict[str, Any]:
+    """Accuracy, times, memory and cost of a model; with a dense one, paired with it item by item and in turns.
+
+    Returns the model's point with `run`. Asking again with the same `out` gives what was measured.
+    """
+    config = {
+        "data": bench.data.name, "fingerprint": bench.data.fingerprint, "examples": len(bench.data), "batch": bench.batch, "rounds": bench.rounds,
+        "tokens": bench.tokens, "seed": bench.seed, "dense": describe(dense) if dense else None,
+    }  # fmt: skip
+    run = Run.open(out, "measure", config, describe(subject), SCHEMA)
+    full, this = Configuration("dense" if dense else subject.name, baseline="full"), Configuration(subject.name)
+    work = [("dense", full, dense), ("this", this, subject)] if dense else [("this", full, subject)]
+    with run.recorded(), progress("measuring", len(work), quiet, "models") as advance:
+        todo = run.pending([key for key, _, _ in work])
+        for key, one, model in work:
+            if key in todo:
+                assert model is not None
+                run.write(key, bench.measure_model(one, model))
+            advance(1)
+        points = collect(run.rows([key for key, _, _ in work]))
+    point = {**points[-1], "run": str(run.folder)}
+    if dense is None:  # there is nothing that it could be faster than, or lie beside
+        point |= {"verdict": None, "on_frontier": None, "baseline": ""}
+    run.figure("frontier", *figure(points))
+    run.finish(point, _report(points, dense is not None))
+    return point
+
+
+def _report(points: list[dict[str, Any]], paired: bool) -> str:
+    lines = ["# What the model costs and can do", "", *(sentence(point) for point in points), "", table(points), ""]
+    if paired:
+        lines += ["## Which items changed", "", broken(points[-1]), "", "![accuracy and cost](figures/frontier.png)", ""]
+    return "\n".join(lines)
+
+
+def make(
+    subject: Subject, recipe: Recipe, bench: Bench, out: Path, quiet: bool, evidence: Evidence | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """A compressed model in `out`, measured against the dense one: `model ledger loads_in_transformers measured`.
+
+    Raises RunError for a folder that holds something else, PassError for a recipe that this model refuses.
+    """
+    refuse_folder(out)
+    smaller = compress(subject, recipe, evidence)
+    try:
+        with progress("measuring", 1, quiet, "models") as advance:
+            points = [_point(bench.measure_model(Configuration(recipe.name, recipe), smaller))]
+            advance(1)
+        save(smaller, out, _lines(points[0]))
+        return {
+            "model": str(out), "ledger": str(out / FILE), "loads_in_transformers": loads_in_transformers(smaller), "name": recipe.name,
+            "measured": points[0],
+        }  # fmt: skip
+    finally:
+        smaller.detach()
+
+
+def _point(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(rows[-1]["text"])
+    return found
+
+
+def _lines(point: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card says of the measurement."""
+    change, ratio = point.get("difference"), point["ratios"].get("answer")
+    told = {
+        "accuracy": f"{point['accuracy']:.1%} [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}] of {point['n']} questions",
+        "FLOPs of reading a prompt": f"{point['flops_ratio']:.0%} of the dense model's", "keys and values": f"{point['kv_ratio']:.0%}",
+    }  # fmt: skip
+    if change:
+        told["against the dense model"] = f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}], paired"
+    if ratio:
+        told["time of an answer"] = f"{ratio['value']:.2f} of the dense model's ({ratio['verdict']})"
+    return told
+
+
+def refuse_folder(out: Path) -> None:
+    """Raises RunError where a model would be written over something that is none of ours."""
+    present = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file: name a new or empty folder for the model")
+    if present and FILE not in present:
+        raise RunError(f"{out} holds other things ({', '.join(present[:3])}) and no {FILE}: name a new or empty folder")
+
+
+def gather(subject: Subject, recipe: Recipe, examples: Sequence[Example], seed: int) -> Evidence | None:
+    """The evidence that a recipe's passes ask for: `compress.evidence.gather(subject, examples, names, seed)`, where this version has it."""
+    names = tuple(dict.fromkeys(name for one in recipe.passes for name in wanted(one)))
+    module = evidence_module() if names else None
+    return module.gather(subject, examples, names, seed) if module is not None else None
+
+
+def wanted(one: Pass) -> tuple[str, ...]:
+    """The evidence that a pass asks for; layers that are named need none to be ranked by."""
+    if isinstance(one, RemoveLayers):
+        return () if one.layers is not None else ("layer_scores",)
+    return one.needs
+
+
+def evidence_module() -> Any | None:
+    """`compress.evidence`, where this version has it: what gathers evidence for passes that ask for it, and plans by it."""
+    return import_module("compress.evidence") if find_spec("compress.evidence") else None
