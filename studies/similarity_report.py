@@ -11,7 +11,7 @@ ASKED = {
     "layers": "Layers", "groups": "What is shown and the words", "models": "Two models", "tellings": "The same scene, told two ways",
 }  # fmt: skip
 SAYS = {
-    "layers": "each state of the model with each other, the same tokens of the same examples: blocks of bright colour are layers that change little.",
+    "layers": "each state of the model with each other, the same tokens of the same examples: blocks of dark colour are layers that change little.",
     "groups": "tokens of what is shown, of the question and the last one, of the same examples.",
     "models": "the model (down) and the other (across), shown the same examples.",
     "tellings": "the model shown the picture (down) and the same model told the same scene in the other data set (across).",
