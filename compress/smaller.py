@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compress.ledger import Step
-from compress.tokens.runtime import Reducer, TokenRuntime
+from compress.tokens.guards import Reducer
+from compress.tokens.runtime import TokenRuntime
 from probe.anatomy import resolve
 from probe.subject import Subject
 

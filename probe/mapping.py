@@ -52,7 +52,7 @@ def build_map(
     aligned = _align(tokens, unexpanded, marks, [runs[i] for i in order])
     for index, (start, stop) in enumerate(offsets):
         if index in aligned:
-            segments[aligned[index]] = _segment_of(rendered, start, stop)
+            segments[aligned[index]] = segment_of(rendered, start, stop)
     if "question" in {name for name, _, _ in rendered.spans} - set(segments):
         raise TokenError("the processor's tokens do not contain the prompt's own: its placeholders could not be followed")
     first_bos = next((i for i, token in enumerate(tokens) if token == bos), None)  # after the picture in PaliGemma
@@ -108,7 +108,7 @@ def _crossed(pictures: Sequence[Medium]) -> TokenMap | None:
     return TokenMap(tuple(segments), tuple(grids), tuple(runs), tuple(medium.size for medium in pictures))
 
 
-def _segment_of(rendered: Rendered, start: int, stop: int) -> str:
+def segment_of(rendered: Rendered, start: int, stop: int) -> str:
     """The segment that holds most of the characters start to stop; a token that straddles two belongs to the larger part."""
     best, most = "separator", 0
     for name, first, last in rendered.spans:

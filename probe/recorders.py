@@ -118,8 +118,32 @@ class Lens:
             raise EditError(f"the lens takes the final norm or none, not {self.norm!r}")
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """How likely each layer's states find some words at some positions, without a table of the whole vocabulary.
+
+    `words` holds for each example the same number of words, each a token id or several (spellings: the likeliest counts).
+    Records `confidence_log_prob` (layer batch row word), natural logarithms, minus infinity in the padding of shorter groups;
+    `confidence` (batch word), the highest probability over positions and layers (internal confidence, arXiv 2410.02762); and with
+    `top` the likeliest tokens, `confidence_top_ids` and `confidence_top_probs` (layer batch row top). `norm` is that of
+    `Lens`: the published code of that paper reads with `"none"`.
+
+    Raises EditError, when traced, for no words, ids outside the vocabulary, or a batch without such positions.
+    """
+
+    words: tuple[tuple[int | tuple[int, ...], ...], ...]
+    positions: Group = "image"
+    layers: Layers = None
+    top: int = 0
+    norm: str = "final"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("final", "none"):
+            raise EditError(f"the lens takes the final norm or none, not {self.norm!r}")
+
+
 ROWS_TIMES_VOCABULARY = 2**26  # logits that the lens holds at once: 256 MiB in float32
-Recorder = Mass | Rows | Patterns | Residual | Lens
+Recorder = Mass | Rows | Patterns | Residual | Lens | Confidence
 
 
 def pad_positions(maps: tuple[TokenMap, ...], group: Group, cached: int = 0) -> Tensor:

@@ -31,7 +31,8 @@ INDEX = pa.schema([
     ("positions", pa.list_(pa.int64())), ("labels", pa.string()),
 ])  # fmt: skip
 # Records that say which positions the rows of another one are: they go into the index, not into a shard.
-_POSITIONS = {"states": "state_positions", "rows": "row_positions", "lens": "lens_positions"}
+_POSITIONS = {"states": "state_positions", "rows": "row_positions", "lens": "lens_positions",
+              "confidence": "confidence_positions"}  # fmt: skip
 _ALONG = ("position", "row")  # the dimension that those positions name
 
 

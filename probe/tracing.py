@@ -14,11 +14,13 @@ from torch import Tensor
 from probe.anatomy.readout import capped
 from probe.attention import Call, RowAttention, attend_rows, listening, mix_values
 from probe.backends import Wanted, find_backend
-from probe.edits import Ablate, Edit, Knockout, Patch
+from probe.confidence import ConfidenceCollector
+from probe.edits import Ablate, Edit, Erase, Knockout, Patch
 from probe.errors import BackendError, EditError
 from probe.example import Example
 from probe.points import head_list, hook, layer_list
 from probe.recorders import (
+    Confidence,
     Lens,
     LensCollector,
     Mass,
@@ -34,6 +36,7 @@ from probe.recorders import (
     pad_positions,
 )
 from probe.subject import Encoded, Side, Subject
+from probe.vocabulary import Vocabulary
 
 AttentionCollector = MassCollector | RowCollector
 
@@ -95,6 +98,13 @@ def last_logits(
 
     `model` is called in place of the subject's own, where a backend has something to call.
     """
+    return run_to_last(subject, encoded, model)
+
+
+def run_to_last(
+    subject: Subject, encoded: Encoded, model: Callable[..., Any] | None = None
+) -> Float[Tensor, "batch vocabulary"]:
+    """What `last_logits` gives, as a function that gradients can flow through."""
     last = encoded.last
     options: dict[str, Any] = {"use_cache": False}
     # Only what is needed goes through the unembedding. A number, not a tensor: accelerate would move a tensor away.
@@ -121,9 +131,9 @@ class Session:
         self.crossed = all(token_map.crossed is not None for token_map in encoded.maps)
         self.collectors: list[tuple[str, Any]] = []
         self.attention: dict[int, list[AttentionCollector]] = {}
-        self.states: dict[tuple[str, int], list[StateCollector | LensCollector]] = {}
+        self.states: dict[tuple[str, int], list[StateCollector | LensCollector | ConfidenceCollector]] = {}
         self.cuts: dict[int, list[Cut]] = {}
-        self.changes: dict[tuple[str, int], list[Ablate | Patch]] = {}
+        self.changes: dict[tuple[str, int], list[Ablate | Patch | Erase]] = {}
         for recorder in record:
             self._add_recorder(recorder)
         for one in edit:
@@ -137,9 +147,12 @@ class Session:
             collector = StateCollector(recorder, maps, device, self.cached)
             for layer in layers:
                 self.states.setdefault((recorder.point, layer), []).append(collector)
-        elif isinstance(recorder, Lens):
-            read = partial(_lens, subject, recorder.norm)
-            collector = LensCollector(recorder, maps, read, subject.vocabulary, device, self.cached)
+        elif isinstance(recorder, Lens | Confidence):
+            if isinstance(recorder, Lens):
+                read = partial(_lens, subject, recorder.norm)
+                collector = LensCollector(recorder, maps, read, subject.vocabulary, device, self.cached)
+            else:
+                collector = ConfidenceCollector(recorder, maps, Vocabulary(subject, recorder.norm), device, self.cached)
             for layer in layers:
                 self.states.setdefault(("resid_post", layer), []).append(collector)
         else:
@@ -160,7 +173,7 @@ class Session:
             for layer in self._with_attention(layer_list(edit.layers, self.subject.n_layers), edit.layers is not None):
                 self.cuts.setdefault(layer, []).append(cut)
         else:
-            layers = edit.layer if isinstance(edit, Patch) else edit.layers
+            layers = edit.layers if isinstance(edit, Ablate) else edit.layer
             for layer in layer_list(layers, self.subject.n_layers):
                 self.changes.setdefault((edit.point, layer), []).append(edit)
 
@@ -305,23 +318,32 @@ def cut_rows(cuts: list[Cut]) -> Tensor:
     return merged[:, :1] if merged.shape[1] == 1 else torch.unique_consecutive(merged.sort(1).values, dim=1)
 
 
-def apply_change(change: Ablate | Patch, state: Tensor, encoded: Encoded, cached: int = 0) -> Tensor:
+def apply_change(change: Ablate | Patch | Erase, state: Tensor, encoded: Encoded, cached: int = 0) -> Tensor:
     """`state` (batch position ...) with the chosen positions replaced."""
+    if isinstance(change, Erase) and change.directions.dim() == 3 and len(change.directions) != len(encoded):
+        raise EditError(f"directions of {len(change.directions)} examples cannot be erased from a batch of {len(encoded)}")
     state = state.clone()
     for i, token_map in enumerate(encoded.maps):
         positions = token_map.positions(change.positions)
         at = torch.from_numpy(positions[positions >= cached] - cached).to(state.device)
         if isinstance(change, Patch):
-            value = change.value
-            if state[i, at].shape != value.shape:
-                raise EditError(
-                    f"a patch at {change.point} of {len(at)} positions needs a tensor of shape {tuple(state[i, at].shape)}, "
-                    f"not {tuple(value.shape)}"
-                )
-            state[i, at] = value.to(state)
+            change.put(state[i], torch.arange(len(at)), at, len(at))
+        elif isinstance(change, Erase):
+            state[i, at] = _erased(change, state[i, at], i)
         else:
             state[i, at] = _ablated(change, state[i, at], i)
     return state
+
+
+def _erased(change: Erase, picked: Tensor, row: int) -> Tensor:
+    directions = change.of(row).to(picked.device, torch.float32)
+    if directions.shape[-1] != picked.shape[-1]:
+        raise EditError(f"the residual stream is {picked.shape[-1]} wide, the directions to erase {directions.shape[-1]}")
+    new = picked.float()
+    for direction in directions:
+        share = (new @ direction / direction.square().sum()).clamp(min=0)
+        new = new - change.alpha * share[:, None] * direction
+    return new.to(picked)
 
 
 def _ablated(change: Ablate, picked: Tensor, row: int) -> Tensor:

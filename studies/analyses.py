@@ -7,8 +7,9 @@ weights. An analysis that reads one pass of each example should cost little more
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,16 +17,22 @@ import torch
 from probe.alignment import gather_anchors, read_alignment, sides_of
 from probe.analysis.alignment import mean_over_pairs, unit
 from probe.errors import StudyError
+from probe.example import Example
+from probe.likelihood import Method, score_options
+from probe.subject import Subject
 from probe.tracing import last_logits
 from studies.run import Run
 from studies.speed import SCHEMA, interleaved, paired
 from studies.study import Summary, study
 
 EXAMPLES, WORDS = 200, 80  # of an implicit-alignment study: how many there are, and how many are read through the vocabulary
+OPTIONS = ("red", "two blue circle", "left", "there is a green star")
 GOALS = {
     "alignment_over_forwards": (f"implicit alignment of {EXAMPLES} examples / {EXAMPLES} forwards", "at most 1.3"),
     "pairs_speedup": (f"all pairs of {EXAMPLES} examples: double loop / closed form", "at least 100"),
     "pairs_difference": ("  their largest difference", "at most 1e-6"),
+    "likelihood_over_one_by_one": (f"likelihood of {len(OPTIONS)} options: one by one / prompt once", "at least 2.5"),
+    "likelihood_difference": ("  their largest difference", "at most 1e-5 in float32"),
 }  # fmt: skip
 
 
@@ -77,10 +84,13 @@ def analyses(
     pairs = interleaved({"closed form": lambda: _closed(a, b), "double loop": lambda: _loop(a, b)}, 3, target, quiet)
     seconds |= pairs
     plain, words = (paired(seconds, name, "forward") for name in ("alignment", "alignment with words"))
+    likelihood = _likelihood(subject, asked, rounds, target, quiet)
+    seconds |= likelihood.pop("seconds")
     summary: Summary = {
         "run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes,
         "alignment_over_forwards": ((EXAMPLES - WORDS) * plain + WORDS * words) / EXAMPLES,
         "pairs_speedup": paired(pairs, "double loop", "closed form"), "pairs_difference": abs(_closed(a, b) - _loop(a, b)),
+        **likelihood,
     }  # fmt: skip
     run.write(
         "all", [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
@@ -89,6 +99,19 @@ def analyses(
     if not quiet:
         print(_table(summary), file=sys.stderr)
     return summary
+
+
+def _likelihood(subject: Subject, asked: Example, rounds: int, target: torch.device, quiet: bool) -> dict[str, Any]:
+    """Four options after one prompt, both ways: `seconds`, their ratio, and the largest difference of a token's log-probability."""
+    scored: dict[str, Callable[[], Any]] = {
+        method: partial(score_options, subject, [asked], [OPTIONS], method) for method in get_args(Method)
+    }
+    seconds = interleaved(scored, rounds, target, quiet)
+    once, each = ([p for option in scored[m]()[0].log_probs for p in option] for m in ("prefix", "whole"))
+    return {
+        "seconds": seconds, "likelihood_over_one_by_one": paired(seconds, "whole", "prefix"),
+        "likelihood_difference": max(abs(x - y) for x, y in zip(once, each, strict=True)),
+    }  # fmt: skip
 
 
 def _closed(a: torch.Tensor, b: torch.Tensor) -> float:

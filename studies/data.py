@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from probe.errors import DataError, SightlineError
+from probe.errors import DataError, SightlineError, did_you_mean
 from probe.example import Example, Region
 
 TELLINGS = {"demo": "picture", "demo:text": "text", "demo:video": "clip", "demo:audio": "sound"}
@@ -23,6 +23,7 @@ class Data:
     name: str
     examples: tuple[Example, ...]
     fingerprint: str
+    problems: tuple[str, ...] = ()  # what of a benchmark could not be read, a sentence each
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -31,7 +32,8 @@ class Data:
 def load_data(source: str, limit: int | None = None, columns: Mapping[str, str] | None = None, seed: int = 0) -> Data:
     """`demo` (pictures), `demo:text` (text twins), `demo:video` (clips), `demo:audio` (sounds), a `.jsonl`, or a folder that `datasets` saved, or a hub id.
 
-    `columns` maps Example fields to the data set's columns (`image` stands for one picture). Raises DataError for a
+    A benchmark that lies on the disk as it was published is `pope:PATH`, `gqa:PATH` and so on (`studies.tasks.readers`); of those alone, what
+    cannot be read is left out and named in `problems`. `columns` maps Example fields to the data set's columns (`image` stands for one picture). Raises DataError for a
     broken line, a duplicate id, or media that are not there, naming the line.
     """
     if limit is not None and limit < 1:
@@ -41,14 +43,31 @@ def load_data(source: str, limit: int | None = None, columns: Mapping[str, str] 
 
         made = data.examples(limit or 700, TELLINGS[source], seed=data.SEED + seed)
         return Data(source, tuple(made), f"demo-world-2:{TELLINGS[source]}:{seed}")
+    benchmark, colon, place = source.partition(":")
+    if colon and not Path(source).exists() and "/" not in benchmark:
+        return _benchmark(source, benchmark, place, limit)
     path = Path(source)
     if path.suffix == ".jsonl":
         return _jsonl(path, limit)
     if path.is_dir() or ("/" in source and not path.exists()):
         return _datasets(source, limit, dict(columns or {}))
     raise DataError(
-        f"there is no data set {source!r}: name {', '.join(TELLINGS)}, a .jsonl file, or a folder that datasets saved"
+        f"there is no data set {source!r}: name {', '.join(TELLINGS)}, a .jsonl file, a folder that datasets saved, or a "
+        f"benchmark such as pope:PATH"
     )
+
+
+def _benchmark(source: str, name: str, place: str, limit: int | None) -> Data:
+    from studies.tasks.readers import READERS
+
+    if name not in READERS:
+        known = (*TELLINGS, *(f"{reader}:PATH" for reader in READERS))
+        near = did_you_mean(source, TELLINGS) if name == "demo" else did_you_mean(name, READERS)
+        raise DataError(f"there is no data set {source!r}{near}: name {', '.join(known)}, a .jsonl file, or a folder")
+    if not place:
+        raise DataError(f"{source} names no file: write {name}:PATH")
+    found = READERS[name](Path(place).expanduser(), limit)
+    return Data(source, found.examples, found.fingerprint, found.problems)
 
 
 def _jsonl(path: Path, limit: int | None) -> Data:

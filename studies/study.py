@@ -25,6 +25,33 @@ STUDIES: dict[str, tuple[str, str]] = {
         "studies.implicit_alignment",
         "Are perceptual and textual tokens implicitly aligned inside the language model, and does that predict what it can do?",
     ),
+    "attention-shift": (
+        "studies.attention_shift",
+        "Does attention to the words before and after what is shown move alike through the layers?",
+    ),
+    "attention-sinks": (
+        "studies.attention_sinks",
+        "Which tokens of what is shown are sinks, and does it matter where their attention goes?",
+    ),
+    "image-attention": (
+        "studies.image_attention",
+        "Does a model that looks away from the picture say what is not there?",
+    ),
+    "modality-importance": ("studies.modality_importance", "Which modality does each answer need?"),
+    "routing": ("studies.routing", "Do experts specialise by modality?"),
+    "patching": ("studies.patching", "Which positions, at which layers, carry the fact that was changed?"),
+    "pope": ("studies.pope", "Does the model say that things are there which are not?"),
+    "multiple-choice": (
+        "studies.multiple_choice", "Does the model choose right, by what it writes and by what it finds likely?",
+    ),
+    "lens": ("studies.lens", "Which words does each position of what is shown become, and at which layer?"),
+    "relevance": ("studies.relevance", "Which positions does the answer depend on, by attention and by gradient?"),
+    "grounding": ("studies.grounding", "Does the attention of a word find the pixels that it is about?"),
+    "similarity": ("studies.similarity", "Do layers, modalities and models represent the same examples alike?"),
+    "probing": ("studies.probing", "At which layer can each fact of a scene be read, and from which tokens?"),
+    "vision-layers": (
+        "studies.vision_layers", "Which layers of the vision tower carry which facts, and what does merging levels give?",
+    ),
     "tradeoffs": (
         "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
     ),

@@ -23,7 +23,7 @@ EXAMPLES = [
 
 def test_every_command_is_in_the_readme():
     commands = [c.name or c.callback.__name__ for c in app.registered_commands]
-    assert sorted(commands) == ["demo", "doctor", "models", "studies", "study", "trace"]
+    assert sorted(commands) == ["compress", "demo", "doctor", "measure", "models", "search", "studies", "study", "trace"]
     for name in commands:
         assert f"sightline {name}" in TEXT[ROOT / "README.md"], name
 
@@ -69,7 +69,8 @@ def test_every_python_example_runs(page, code, tmp_path, monkeypatch):
 
 def test_there_are_examples():
     assert {page for page, _ in EXAMPLES} == {
-        "README.md", "docs/studies/backends.md", "docs/studies/information-flow.md", "docs/tokens.md", "docs/tracing.md",
+        "README.md", "docs/compress/measuring.md", "docs/compress/recipes.md", "docs/studies/backends.md",
+        "docs/studies/information-flow.md", "docs/studies/patching.md", "docs/tokens.md", "docs/tracing.md",
     }  # fmt: skip
 
 

@@ -2,10 +2,19 @@
 
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
-from compress.passes.tokens import BASELINES, Method, ReduceTokens, Tokens
+from compress.passes.methods import METHODS
+from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
 
-METHODS: dict[str, Method] = {**BASELINES}
-PASSES: tuple[type[Pass], ...] = (RemoveLayers, Tokens)
-CHANGES: tuple[type[Change], ...] = (DropLayers, ReduceTokens)
+PASSES: tuple[type[Pass], ...] = (
+    RemoveLayers,
+    Tokens,
+    Pyramid,
+    Withdraw,
+)
+CHANGES: tuple[type[Change], ...] = (
+    DropLayers,
+    ReduceTokens,
+    WithdrawTokens,
+)
 
 __all__ = ["CHANGES", "METHODS", "PASSES"]

@@ -1,4 +1,4 @@
-"""Passes that drop or merge visual tokens: what they share, and the baselines that every one of them is held against.
+"""Passes that drop or merge visual tokens: what they share.
 
 A method is a function from what is seen of a medium and a count to a choice (`compress.tokens.choice`); its place, its
 default position policy, and what it wants to look at stand beside it in a `Method`. Everything else, guards, quotas for each
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
-from compress.budget import Budget
+from compress.budget import Budget, Rounding
 from compress.passes.base import Change, Evidence, Pass, Stage
 from compress.smaller import Smaller
-from compress.tokens.choice import Kept, Seen, best
+from compress.tokens.choice import Kept
+from compress.tokens.guards import Reducer, refuse
 from compress.tokens.positions import Policy
-from compress.tokens.runtime import Reducer, refuse
 from probe.errors import PassError, did_you_mean
 from probe.subject import Subject
 
@@ -64,6 +63,19 @@ class ReduceTokens(Change):
         )  # fmt: skip
 
 
+class WithdrawTokens(Change):
+    """Every visual token is gone from a layer on."""
+
+    kind: ClassVar[str] = "withdraw-tokens"
+    runs: ClassVar[bool] = True
+    layer: int
+    policy: Policy = "preserve"
+    simulated: bool = False
+
+    def carry_out(self, smaller: Smaller) -> None:
+        smaller.add_reducer(Reducer(None, Budget(), self.layer, self.policy, (), self.simulated))
+
+
 class Tokens(Pass):
     """Drops or merges the tokens of every picture, clip and sound by one method.
 
@@ -100,6 +112,72 @@ class Tokens(Pass):
         return [change]
 
 
+class Withdraw(Pass):
+    """VTW (arXiv 2405.05803): all visual tokens leave the decoder at a layer.
+
+    Without a `layer`, the first from `first` on whose withdrawal changes the answer's distribution by at most `eta` nats: evidence
+    `withdrawal_kl`, one number for each layer.
+    """
+
+    title: ClassVar[str] = "withdraw"
+    stage: ClassVar[Stage] = "tokens"
+    layer: int | None = None
+    eta: float = 0.003
+    first: int = 1
+    positions: Policy = "preserve"
+    simulated: bool = False
+
+    def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
+        layer = self.layer if self.layer is not None else self._quiet(subject, evidence)
+        if layer == subject.n_layers:
+            return []
+        if not 1 <= layer < subject.n_layers:
+            raise PassError(f"visual tokens can leave at layers 1 to {subject.n_layers - 1}, not at {layer}")
+        refuse(subject, [Reducer(None, Budget(), layer, self.positions)])
+        return [WithdrawTokens(layer=layer, policy=self.positions, simulated=self.simulated)]
+
+    def _quiet(self, subject: Subject, evidence: Evidence) -> int:
+        values = list(self.found(evidence, "withdrawal_kl"))
+        return next((i for i in range(max(1, self.first), subject.n_layers) if values[i] <= self.eta), subject.n_layers)
+
+
+class Pyramid(Pass):
+    """The same method at several layers, each keeping its share of all tokens that there were at first.
+
+    Defaults are PyramidDrop's (arXiv 2410.17247): after each quarter of the depth half of what was left, chosen by the attention of the last
+    prompt token in the layer about to run. SparseVLM's and AIM's schedules are `at` and `keep` of their own.
+    """
+
+    title: ClassVar[str] = "pyramid"
+    stage: ClassVar[Stage] = "tokens"
+    method: str = "pdrop"
+    at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    keep: tuple[float, ...] = (0.5, 0.25, 0.125)
+    rounding: Rounding = "floor"
+    positions: Policy | Literal["default"] = "default"
+    settings: Mapping[str, Setting] = Field(default_factory=dict)
+    simulated: bool = False
+
+    def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
+        if len(self.at) != len(self.keep):
+            raise PassError(f"a pyramid names as many shares as places, not {len(self.keep)} for {len(self.at)}")
+        changes: list[Change] = []
+        for at, keep in zip(self.at, self.keep, strict=True):
+            layer = place(at, subject.n_layers)
+            if keep == 0:
+                changes.append(WithdrawTokens(layer=layer, simulated=self.simulated))
+                break
+            one = Tokens(
+                method=self.method, budget=Budget(keep=keep, rounding=self.rounding), layer=layer, positions=self.positions,
+                settings=self.settings, simulated=self.simulated,
+            )  # fmt: skip
+            changes += one.plan(subject, evidence)
+        layers = [change.layer for change in changes if isinstance(change, ReduceTokens | WithdrawTokens)]
+        if layers != sorted(set(layers)):
+            raise PassError(f"a pyramid's places fall on layers {layers} of this model: name places further apart")
+        return changes
+
+
 def place(layer: float, n_layers: int) -> int:
     """A default place as a layer of this model."""
     return max(1, round(layer * n_layers)) if 0 < layer < 1 else min(int(layer), n_layers - 1)
@@ -121,63 +199,6 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise PassError(f"there is no token reducer {name!r}{did_you_mean(name, METHODS)}")
     return METHODS[name]
-
-
-# --- baselines -------------------------------------------------------------------------------------------------------
-
-
-def at_random(seen: Seen, count: int) -> Kept:
-    """Any `count` tokens, drawn by the seed of the pass and the number of the medium."""
-    generator = torch.Generator().manual_seed(seen.seed)
-    return Kept(best(torch.rand(len(seen), generator=generator).to(seen.states.device), count))
-
-
-def uniform(seen: Seen, count: int) -> Kept:
-    """Every n-th token, first and last among them."""
-    places = torch.linspace(0, len(seen) - 1, count, device=seen.states.device)
-    return Kept(places.round().long().unique()) if count > 1 else Kept(torch.tensor([len(seen) // 2], device=places.device))
-
-
-def pooled(seen: Seen, count: int) -> Kept:
-    """Averages over windows of the grid, as square as the count allows (InfMLLM's pool adapter, training-free).
-
-    Each window stands at its token nearest the middle. Raises PassError where no windows of the grid make the count.
-    """
-    rows, columns = seen.square
-    shape = _windows(rows, columns, count)
-    if shape is None:
-        fit = sorted({a * b for a in range(1, rows + 1) for b in range(1, columns + 1)})
-        near = min(fit, key=lambda n: abs(n - count))
-        raise PassError(f"a grid of {rows} x {columns} has no windows that make {count} tokens: keep {near}")
-    down = torch.arange(rows, device=seen.states.device) * shape[0] // rows
-    across = torch.arange(columns, device=seen.states.device) * shape[1] // columns
-    window = (down[:, None] * shape[1] + across[None, :]).flatten()
-    total = torch.zeros(count, seen.states.shape[1], device=window.device).index_add_(0, window, seen.states.float())
-    size = torch.bincount(window, minlength=count)
-    anchor = torch.stack([_middle(torch.nonzero(window == w)[:, 0], columns) for w in range(count)])
-    order = anchor.argsort()
-    return Kept(anchor[order], (total / size[:, None]).to(seen.states.dtype)[order])
-
-
-def _windows(rows: int, columns: int, count: int) -> tuple[int, int] | None:
-    """Numbers of windows down and across whose product is the count, as near the grid's own shape as can be."""
-    pairs = [(a, count // a) for a in range(1, rows + 1) if count % a == 0 and count // a <= columns]
-    return min(pairs, key=lambda pair: abs(pair[0] * columns - pair[1] * rows)) if pairs else None
-
-
-def _middle(members: torch.Tensor, columns: int) -> torch.Tensor:
-    """The member nearest the middle of its window; of equal ones the first."""
-    at = torch.stack([members // columns, members % columns], 1).float()
-    return members[(at - at.mean(0)).square().sum(1).argmin()]
-
-
-BASELINES: dict[str, Method] = {
-    "random": Method(at_random, source="baseline", macs=lambda n, kept, width: 0.0),
-    "uniform": Method(uniform, source="baseline", macs=lambda n, kept, width: 0.0),
-    "pooling": Method(
-        pooled, source="InfMLLM's pool adapter (arXiv 2311.06791), training-free", macs=lambda n, kept, width: float(n * width)
-    ),
-}
 
 
 def settings_of(method: Method) -> dict[str, Any]:

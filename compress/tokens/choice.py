@@ -1,6 +1,6 @@
 """What a reducer is shown of one medium, and what it answers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from compress.tokens.media import Shape
-from probe.attention import Call
+from probe.attention import Call, RowAttention, attend_rows
 from probe.errors import PassError
 
 
@@ -37,6 +37,7 @@ class Seen:
     words: Int[Tensor, " m"] | None = None
     last: int = -1
     seed: int = 0
+    before: Float[Tensor, "column width"] | None = None  # the whole row as it entered the decoder, at the columns of now
 
     def __len__(self) -> int:
         return len(self.states)
@@ -48,13 +49,47 @@ class Seen:
 
     def rows(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "head row n"]:
         """Attention of some columns of the prompt to the medium's tokens (float32, after the softmax over all keys)."""
-        from probe.attention import attend_rows
+        return self._attend(rows).probability[0][..., self.columns]
 
-        if self.call is None or self.places is None:
-            raise PassError("this reducer needs attention, and was run where there is none")
-        call = one_row(self.call, self.row)
+    def _attend(self, rows: Int[Tensor, " row"]) -> RowAttention:
+        call = self._own_call
         visible, bias = call.visible(rows[None])
-        return attend_rows(call, rows[None], visible, bias).probability[0][..., self.places]
+        return attend_rows(call, rows[None], visible, bias)
+
+    @property
+    def _own_call(self) -> Call:
+        if self.call is None:
+            raise PassError("this reducer needs attention, and was run where there is none")
+        return one_row(self.call, self.row)
+
+    @property
+    def columns(self) -> Int[Tensor, " n"]:
+        """The medium's columns in the whole row."""
+        if self.places is None:
+            raise PassError("this reducer looks at the whole prompt, and was shown one medium alone")
+        return self.places
+
+    @property
+    def keys(self) -> Float[Tensor, "kv_head column dim"]:
+        """The keys of the whole row."""
+        return self._own_call.key[0]
+
+    def sharpened(self, temperature: float) -> Float[Tensor, "head column column"]:
+        """Attention of every column to every other at a temperature (float32): n x n for each head."""
+        found = self._attend(torch.arange(self._own_call.query.shape[2], device=self.states.device))
+        shown = found.weight > 0
+        score = torch.where(shown, found.score / temperature, float("-inf"))[0]
+        return torch.nan_to_num(score.softmax(-1))
+
+    @property
+    def entered(self) -> Float[Tensor, "n width"]:
+        """The medium's embeddings, as they entered the decoder."""
+        return self.states if self.before is None else self.before[self.columns]
+
+    @property
+    def entered_text(self) -> Float[Tensor, "m width"]:
+        """The words' embeddings."""
+        return self.text if self.before is None or self.words is None else self.before[self.words]
 
     @property
     def square(self) -> tuple[int, int]:
@@ -93,6 +128,3 @@ def best(score: Float[Tensor, " n"], count: int) -> Int[Tensor, " kept"]:
     """The `count` highest scores, ascending by place; of equal ones the earlier first."""
     order = torch.argsort(-score.float(), stable=True)
     return order[:count].sort().values
-
-
-Choose = Callable[[Seen, int], Kept]

@@ -26,6 +26,7 @@ class Prompt:
     now: Int[Tensor, "batch place"]
     ids: Int[Tensor, "axis batch place"]
     hidden: Bool[Tensor, "batch position"]  # what simulated reducers have hidden
+    entered: Tensor | None = None  # batch position width: what entered the decoder, where a reducer wants to see it
     preserves: bool = True
     renumbered_inside: bool = False  # the layers' rotary embedding, made before the first of them, no longer fits
     columns_at: list[Tensor] = field(default_factory=list)
@@ -57,9 +58,13 @@ class Prompt:
     def real_now(self) -> Bool[Tensor, "batch place"]:
         return masks.picked(self.real, self.now)
 
+    def shown_now(self) -> Bool[Tensor, "batch place"]:
+        """What is left and not hidden, padding included."""
+        return (self.now >= 0) & ~masks.picked(self.hidden, self.now)
+
     def places_of(self, row: int, number: int) -> Int[Tensor, " n"]:
-        """Where a medium's tokens stand among what is left."""
-        return torch.nonzero(masks.follow(self.place, self.now, -2)[row] == number)[:, 0]
+        """Where a medium's tokens stand among what is left and shown."""
+        return torch.nonzero((masks.follow(self.place, self.now, -2)[row] == number) & self.shown_now()[row])[:, 0]
 
     def words(self, row: int, after: int) -> Int[Tensor, " m"]:
         """Where the words after a place stand; all words where none do."""

@@ -14,33 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from compress.budget import Budget
 from compress.tokens import masks
-from compress.tokens.choice import Kept, Seen, Selector
+from compress.tokens.choice import Kept, Seen
+from compress.tokens.guards import Reducer, per_token, refuse, refuse_windows
 from compress.tokens.media import Medium, find_media
-from compress.tokens.positions import Policy
 from compress.tokens.prompt import Prompt
 from compress.tokens.tower import Tower
 from probe.attention import Call, listening
 from probe.errors import EditError, PassError
 from probe.subject import Subject
-
-
-@dataclass(frozen=True)
-class Reducer:
-    """A selector at its place: `layer` 0 is before the decoder; `layer` l at the input of layer l.
-
-    `needs` names what the selector looks at: `before` (attention of the layer before), `here` (attention that this layer would
-    compute), or names of `compress.tokens.tower.RECORDS`. A `simulated` reducer computes everything and hides what is dropped.
-    """
-
-    select: Selector
-    budget: Budget
-    layer: int = 0
-    policy: Policy = "preserve"
-    needs: tuple[str, ...] = ()
-    simulated: bool = False
-    seed: int = 0
 
 
 @dataclass
@@ -50,7 +32,6 @@ class _Pass:
     media: list[list[Medium]]
     real: Tensor
     stack: ExitStack = field(default_factory=ExitStack)
-    tower: Tower | None = None
     call: Call | None = None
     prompt: Prompt | None = None
 
@@ -70,6 +51,8 @@ class TokenRuntime:
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
         self.asking: list[Call] | None = None  # while a layer is asked which attention it would compute
         self.handles: list[Any] = []
+        self.tower: Tower | None = None
+        self.grids: list[Tensor] = []  # (frames, rows, columns) of the media that the tower has seen since the last prompt
         self.attach()
 
     def attach(self) -> None:
@@ -81,12 +64,25 @@ class TokenRuntime:
         ]
         for index, layer in enumerate(self.subject.layers):
             self.handles.append(layer.register_forward_pre_hook(self._entering(index), with_kwargs=True))
+        if self.subject.anatomy.vision:
+            tower = model.get_submodule(self.subject.anatomy.vision)
+            self.handles.append(tower.register_forward_pre_hook(self._see_grid, with_kwargs=True))
+        records = {need for reducer in self.reducers for need in reducer.needs} - {"before", "here"}
+        if records:  # `generate` runs the tower before it calls the model: what is recorded waits for the prompt
+            self.tower = Tower(self.subject, records)
+            self.handles += self.tower.handles
 
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.tower = [], None
+
+    def _see_grid(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`generate` encodes pictures before it calls the model, and tells the model nothing of their grids."""
+        grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+        if isinstance(grid, Tensor) and grid.dim() == 2 and grid.shape[1] == 3:
+            self.grids.append(grid)
 
     # --- a call of the whole model ---
 
@@ -101,13 +97,19 @@ class TokenRuntime:
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor):
             return None
-        media = find_media(self.subject, ids, kwargs)
+        media = find_media(self.subject, ids, {**self._told(ids), **kwargs})
         if any(media):
-            _refuse_windows(self.subject, ids.shape[1])
+            refuse_windows(self.subject, ids.shape[1])
             mask = kwargs.get("attention_mask")
             real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids, dtype=torch.bool)
             self.reading = self._listen(_Pass(media, real))
         return None
+
+    def _told(self, ids: Tensor) -> dict[str, Any]:
+        kinds = [("image", self.subject.anatomy.image_token_id), ("video", self.subject.anatomy.video_token_id)]
+        there = [f"{kind}_grid_thw" for kind, token in kinds if token is not None and bool((ids == token).any())]
+        grids, self.grids = self.grids, []
+        return dict(zip(there, grids, strict=False))
 
     def _listen(self, reading: _Pass) -> _Pass:
         needs = {need for reducer in self.reducers for need in reducer.needs}
@@ -116,8 +118,6 @@ class TokenRuntime:
                 reading.stack.enter_context(listening(self.subject, self))
         except EditError as error:
             raise PassError("a model that chooses tokens by attention cannot be traced at the same time") from error
-        if tower := needs - {"before", "here"}:
-            reading.tower = Tower(self.subject, tower, reading.stack)
         return reading
 
     def _end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -125,6 +125,8 @@ class TokenRuntime:
         if reading is None:
             return
         reading.stack.close()
+        if self.tower is not None:
+            self.tower.forget()
         cache = getattr(output, "past_key_values", None)
         if cache is not None and reading.prompt is not None:
             self.prompts[cache] = reading.prompt
@@ -149,6 +151,8 @@ class TokenRuntime:
         given = kwargs.get("position_ids")
         prompt = reading.prompt = Prompt.of(reading.media, reading.real, given, kwargs["inputs_embeds"])
         embeds = self._reduce(reading, prompt, 0, kwargs["inputs_embeds"])
+        if any("before" in reducer.needs for reducer in self.reducers):
+            prompt.entered = masks.gathered(embeds, _whole(prompt, embeds))
         ids = prompt.ids if given is not None and given.dim() == 3 else prompt.ids[0]
         kwargs = {**kwargs, "inputs_embeds": embeds, "position_ids": ids}
         kwargs["attention_mask"] = _decoder_mask(prompt, kwargs.get("attention_mask"))
@@ -248,9 +252,7 @@ class TokenRuntime:
     def _reduce(self, reading: _Pass, prompt: Prompt, index: int, state: Tensor) -> Tensor:
         """Every reducer of a layer, one after the other; the states of what they leave."""
         for reducer in (one for one in self.reducers if one.layer == index):
-            if prompt.simulates:
-                raise PassError("a simulated reducer hides tokens that a second one would choose from: simulate one at a time")
-            keep = prompt.now >= 0
+            keep = prompt.shown_now()
             state = state.clone()
             for row, number in [(i, k) for i, own in enumerate(prompt.media) for k in range(len(own))]:
                 places = prompt.places_of(row, number)
@@ -271,6 +273,8 @@ class TokenRuntime:
         self, reading: _Pass, prompt: Prompt, reducer: Reducer, state: Tensor, row: int, number: int, places: Tensor
     ) -> Kept:
         medium = prompt.media[row][number]
+        if reducer.select is None:
+            return Kept(places[:0])
         count = reducer.budget.count(len(medium), reducer.layer, self.subject.n_layers, per_token(self.subject))
         if count >= len(places):
             return Kept(torch.arange(len(places), device=places.device))
@@ -278,8 +282,9 @@ class TokenRuntime:
         words = prompt.words(row, int(places[-1]))
         seen = Seen(
             states=state[row, places], text=state[row, words], grid=medium.grid, layer=reducer.layer, n_layers=self.subject.n_layers,
-            kind=medium.kind, tower=reading.tower.of(medium, before, prompt.media) if reading.tower else {}, call=reading.call,
+            kind=medium.kind, tower=self.tower.of(medium, before, prompt.media) if self.tower else {}, call=reading.call,
             row=row, places=places, words=words, last=int(torch.nonzero(prompt.real_now()[row])[-1]), seed=reducer.seed + before,
+            before=None if prompt.entered is None else prompt.entered[row, prompt.now[row].clamp(min=0)],
         )  # fmt: skip
         kept = reducer.select(seen, count)
         if len(kept.index) != count or bool((kept.index[1:] <= kept.index[:-1]).any()):
@@ -287,55 +292,10 @@ class TokenRuntime:
         return kept
 
 
-def refuse(subject: Subject, reducers: Sequence[Reducer]) -> None:
-    """Raises PassError where tokens cannot be dropped from this model, or not at these places."""
-    family = subject.anatomy.family
-    vision = getattr(subject.config, "vision_config", None)
-    planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    for reducer in reducers:
-        if not 0 <= reducer.layer < subject.n_layers:
-            raise PassError(
-                f"tokens cannot be dropped at layer {reducer.layer}: the model has layers 0 to {subject.n_layers - 1}"
-            )
-        if reducer.layer == 0 and {"before", "here"} & set(reducer.needs):
-            raise PassError("this reducer reads attention, which is not there before the decoder: drop at layer 1 or later")
-        if 0 < reducer.layer < planes:
-            raise PassError(
-                f"{family} still adds visual features after layer {planes - 1}: drop at layer {planes} or later, or at 0"
-            )
-    if any(subject.anatomy.cross):
-        raise PassError(f"the pictures of {family} are not in the sequence: there are no visual tokens to drop from it")
-    if subject.anatomy.row.places == "unmarked":
-        raise PassError(f"{family} puts its pictures before the prompt without placeholders: their tokens cannot be told")
-    if any(name is None for name in subject.anatomy.attention):
-        raise PassError(
-            f"{family} has layers that mix positions without attention: their state runs through every token, so that none can be dropped "
-            f"in passing"
-        )
-    if getattr(subject.config.get_text_config(), "num_kv_shared_layers", 0):
-        raise PassError(f"layers of this {family} share keys and values with others: tokens cannot be dropped in between")
-
-
-def _refuse_windows(subject: Subject, length: int) -> None:
-    """A window counts positions while the prompt is read and what is left of them afterwards: they must not differ."""
-    config = subject.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and slides and getattr(config, "use_sliding_window", True) and length >= window:
-        raise PassError(
-            f"layers of this {subject.anatomy.family} see {window} positions back, and the prompt has {length}: tokens are dropped from "
-            f"prompts that such a window holds whole"
-        )
-
-
-def per_token(subject: Subject) -> tuple[float, float]:
-    """Multiply-adds of one token in one decoder layer: alone, and for each token that it attends to."""
-    config = subject.config.get_text_config()
-    width, heads = config.hidden_size, config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or width // heads
-    keys = getattr(config, "num_key_value_heads", heads)
-    inner = getattr(config, "intermediate_size", 4 * width)
-    return 2.0 * width * dim * (heads + keys) + 3.0 * width * inner, 2.0 * heads * dim
+def _whole(prompt: Prompt, state: Tensor) -> Tensor:
+    """Where each column of the whole prompt stands among what is left; the first place for those that are gone."""
+    columns = torch.arange(prompt.length, device=state.device).expand(len(state), -1)
+    return masks.among(prompt.now, columns)
 
 
 def _remembered(past: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a reducer wants to know of the vision or audio tower: states and attention of the layer that the connector reads."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,14 +13,14 @@ RECORDS = ("tower_states", "tower_keys", "class_attention", "tower_attention")
 
 
 class Tower:
-    """Records of one pass through the vision tower, at the layer whose output the connector reads.
+    """Records of a pass through the vision tower, at the layer whose output the connector reads.
 
     `tower_states` (token width) before the connector; `tower_keys` (token dim) of its attention, heads averaged, not turned;
     `class_attention` (head token) of the class token; `tower_attention` (head token token) between patches, class token cut out.
     Raises PassError for a tower that has no such layer, class token, or separate query and key maps.
     """
 
-    def __init__(self, subject: Subject, names: Iterable[str], stack: ExitStack) -> None:
+    def __init__(self, subject: Subject, names: Iterable[str]) -> None:
         self.subject, self.names = subject, frozenset(names)
         if unknown := self.names - set(RECORDS):
             raise PassError(f"there is no record {sorted(unknown)[0]!r} of the tower: there are {', '.join(RECORDS)}")
@@ -32,10 +31,13 @@ class Tower:
             raise PassError(
                 f"the vision tower of this {subject.anatomy.family} model has no class token: use a reducer that does not ask for one"
             )
-        stack.callback(self.layer.register_forward_hook(self._keep("states")).remove)
-        for part in ("q_proj", "k_proj"):
-            if self.names - {"tower_states"}:
-                stack.callback(getattr(self.attention, part).register_forward_hook(self._keep(part)).remove)
+        self.handles = [self.layer.register_forward_hook(self._keep("states"))]
+        for part in ("q_proj", "k_proj") if self.names - {"tower_states"} else ():
+            self.handles.append(getattr(self.attention, part).register_forward_hook(self._keep(part)))
+
+    def forget(self) -> None:
+        """What was recorded belongs to one prompt."""
+        self.taken.clear()
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -48,6 +50,10 @@ class Tower:
 
         Raises PassError where the tower's patches are not the medium's positions (merged, tiled or resampled ones).
         """
+        if "states" not in self.taken:
+            raise PassError(
+                "the vision tower did not run for this prompt, and a reducer wants to look into it: pass the pictures"
+            )
         states = self.taken["states"]
         skip = int(self.has_class)
         total = sum(len(row) for row in media)

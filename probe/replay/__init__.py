@@ -5,7 +5,8 @@ r, the clean run. So one clean pass is recorded (post-RoPE keys and values of ea
 it, the keyword arguments it was called with), and then only rows r and after are run again, from layer a up: all
 entries of the sweep together, folded into one long row of positions, each joining at its own first layer. The layers'
 own modules do the work; only attention is ours, each row reading the shared clean prefix and its own entry's suffix,
-merged through their common normaliser.
+merged through their common normaliser. An edit is edges that are cut (a knock-out) or activations that are given (a
+patch), and an entry may hold several of both.
 
 Where the argument does not hold (rows that a prefix looks ahead at, layers that mix positions without attention), the
 sweep is refused with the reason. The idea and its cost model: methods of cross-modal knock-out, arXiv 2411.18620, which
@@ -21,9 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probe.edits import Edit, Group, Knockout
+from probe.edits import Edit, Erase, Group, Knockout, Patch
 from probe.example import Example
 from probe.replay.clean import record
+from probe.replay.patches import resolve_patch
 from probe.replay.plan import batches, plan_entry
 from probe.replay.rows import Replay
 from probe.subject import Encoded, Side, Subject
@@ -56,7 +58,7 @@ def sweep(
     padding: Side = "left",
     max_rows: int = 16384,
 ) -> Sweep:
-    """Runs every entry (a knock-out, or several that act together) on every example.
+    """Runs every entry (a knock-out, a patch, or several that act together) on every example.
 
     `entries` may be a function of an example's TokenMap, for positions that differ from example to example. `naive`
     runs one full forward for each entry: the oracle, and the way for architectures that replay refuses. `max_rows`
@@ -94,17 +96,22 @@ def _naive(subject: Subject, encoded: Encoded, wanted: list[list[tuple[Edit, ...
         named = {name: np.nonzero(np.isin(real, group))[0].tolist() for name, group in token_map.groups.items()}
         own = alone.maps[0].with_groups(**named)
         alone = alone.with_maps([replace(own, crossed=token_map.crossed)])
-        each = [tuple(_alone(edit, real) for edit in edits) for edits in each]
+        each = [tuple(_alone(edit, token_map, real, i) for edit in edits) for edits in each]
         edited.append(torch.stack([trace(subject, alone, edit=edits).logits[0] for edits in each]) if each else clean[:0])
         runs += len(each)
     per_run = len(encoded.maps[0]) * subject.n_layers
     return Sweep(encoded, clean, tuple(edited), runs * per_run, len(encoded) * per_run)
 
 
-def _alone(edit: Edit, real: np.ndarray) -> Edit:
+def _alone(edit: Edit, token_map: TokenMap, real: np.ndarray, example: int) -> Edit:
     """The edit on the example without its padding: explicit positions move, groups keep their names."""
+    if isinstance(edit, Patch):
+        put = resolve_patch(edit, token_map)
+        return replace(edit, positions=_without_padding(put.at.tolist(), real), value=edit.value[put.of.to(edit.value.device)])
     if isinstance(edit, Knockout):
         return replace(edit, rows=_without_padding(edit.rows, real), columns=_without_padding(edit.columns, real))
+    if isinstance(edit, Erase):
+        edit = replace(edit, directions=edit.of(example))
     return replace(edit, positions=_without_padding(edit.positions, real))
 
 

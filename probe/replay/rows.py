@@ -1,7 +1,8 @@
 """The replay itself: the rows that entries can change, all entries folded together, layer by layer."""
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from probe.attention import Call, listening
 from probe.errors import ReplayError
+from probe.points import hook
 from probe.replay.clean import Clean
+from probe.replay.patches import put_rows
 from probe.replay.plan import Cut, Plan
 from probe.subject import Encoded, Subject
 from probe.tracing import read_out
@@ -36,6 +39,11 @@ class _Group:
 
     def active(self, layer: int) -> int:
         return sum(plan.first_layer <= layer for plan in self.plans)
+
+    def patched(self, point: str, layer: int, state: Tensor) -> Tensor:
+        """`state` (entry row ...), of the group's last rows, with what the entries patch at this point."""
+        puts = [plan.puts.get((point, layer), ()) for plan in self.plans[: len(state)]]
+        return put_rows(puts, state, self.first_row + self.rows - state.shape[1])
 
 
 _UNUSED = ("attention_mask", "cross_attention_mask", "past_key_values")  # the clean pass knows who may look where
@@ -79,7 +87,10 @@ class Replay:
 
     def _step(self, layer: int, final: bool) -> None:
         active = [group for group in self.groups if group.state is not None]
-        self.active, self.layer = active, layer
+        self.active = active
+        for group in active:
+            assert group.state is not None
+            group.state = group.patched("resid_pre", layer, group.state)
         if final and any(group.rows > 1 for group in active):
             if not self.subject.anatomy.cross[layer]:
                 self.suffix = []
@@ -90,11 +101,8 @@ class Replay:
                 group.state = group.state[:, -1:]
         picked = [range(group.rows)[-group.state.shape[1] :] for group in active if group.state is not None]
         output = self._call(layer, picked)
-        for group, piece in zip(
-            active, output.split([g.state.shape[0] * g.state.shape[1] for g in active if g.state is not None]), strict=True
-        ):
-            assert group.state is not None
-            group.state = piece.view(group.state.shape)
+        for group, piece in zip(active, self._unfold(output), strict=True):
+            group.state = group.patched("resid_post", layer, piece)
         if not final:
             self._add_between(layer, active)
 
@@ -113,8 +121,26 @@ class Replay:
         }
         if (picture := kwargs.get("cross_attention_states")) is not None:
             kwargs["cross_attention_states"] = picture[:1, :1]  # its keys and values are taken from the clean pass
-        output = self.subject.layers[layer](torch.cat(states)[None], *args, **kwargs)
+        with ExitStack() as stack:
+            for point in ("attn_out", "mlp_out"):
+                if self._patches(point, layer):
+                    change = partial(self._patch_folded, point, layer)
+                    stack.callback(hook(self.subject, point, layer, change).remove)
+            output = self.subject.layers[layer](torch.cat(states)[None], *args, **kwargs)
         return (output[0] if isinstance(output, tuple) else output)[0]
+
+    def _patches(self, point: str, layer: int) -> bool:
+        return any((point, layer) in plan.puts for group in self.active for plan in group.plans)
+
+    def _unfold(self, folded: Tensor) -> list[Tensor]:
+        """One row of positions (position ...) as each group's entries and rows (entry row ...)."""
+        shapes = [group.state.shape[:2] for group in self.active if group.state is not None]
+        pieces = folded.split([entries * rows for entries, rows in shapes])
+        return [piece.unflatten(0, tuple(shape)) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def _patch_folded(self, point: str, layer: int, state: Tensor) -> Tensor:
+        pieces = zip(self.active, self._unfold(state[0]), strict=True)
+        return torch.cat([group.patched(point, layer, piece).flatten(0, 1) for group, piece in pieces])[None]
 
     def _add_between(self, layer: int, active: list[_Group]) -> None:
         """What the family adds to the stream between layers (DeepStack) is the same in every entry."""
@@ -161,7 +187,8 @@ class Replay:
         if collecting:
             self.suffix = keys
             raise _EnoughKnown
-        return torch.cat(outputs)[None], None
+        output = torch.cat(outputs)[None]
+        return (self._patch_folded("z", layer, output) if self._patches("z", layer) else output), None
 
 
 def _attend_group(group: _Group, layer: int, clean: Call, query: Tensor, own_key: Tensor, own_value: Tensor) -> Tensor:

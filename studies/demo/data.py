@@ -1,5 +1,6 @@
 """The bundled world as a data set: held-out scenes as Examples, told in pictures, sentences, clips or sounds."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,12 +26,14 @@ def examples(
     kinds = kinds or KINDS.get(telling, world.PICTURE_KINDS)
     rng = np.random.default_rng(seed)
     return [
-        _example(number, scene, question, telling) for number, (scene, question) in enumerate(world.held_out(rng, count, kinds))
+        as_example(number, scene, question, telling)
+        for number, (scene, question) in enumerate(world.held_out(rng, count, kinds))
     ]
 
 
-def _example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
-    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split}
+def as_example(number: int, scene: world.Scene, question: world.Question, telling: str) -> Example:
+    """A question about a scene as an Example, told in pictures, sentences, clips or sounds."""
+    tags = {"kind": question.kind, "phrasing": question.phrasing, "split": question.split, **facts(scene, question)}
     common: dict[str, Any] = {
         "id": f"demo-{number:05d}", "prompt": question.text, "suffix": SUFFIX, "answer": question.answer,
         "choices": (question.answer, question.distractor), "tags": {key: value for key, value in tags.items() if value},
@@ -46,6 +49,24 @@ def _example(number: int, scene: world.Scene, question: world.Question, telling:
     return Example(**common, images=(partial(_picture, scene),), regions=regions)
 
 
+def everything(example: Example) -> tuple[Region, ...] | None:
+    """Every thing of the scene that an example's picture was drawn from; None for a picture from elsewhere."""
+    source = example.images[0] if example.images else None
+    if not isinstance(source, partial) or source.func is not _picture:
+        return None
+    scene: world.Scene = source.args[0]
+    boxes = picture.draw(scene, held_out=True)[1]
+    return tuple(Region(boxes[thing], f"{thing.colour} {thing.name}") for thing in scene.things)
+
+
+def facts(scene: world.Scene, question: world.Question) -> dict[str, str]:
+    """What probes look for, as tags `fact:...`: of the first thing that the question is about, if any, and of the whole scene."""
+    thing = question.about[0] if question.about else None
+    of_thing = {"colour": thing.colour, "name": thing.name, "cell": world.CELLS[thing.cell]} if thing else {}
+    of_scene = {"things": str(len(scene.things)), "circle": "there" if scene.named("circle") else "not there"}
+    return {f"fact:{name}": value for name, value in {**of_thing, **of_scene}.items()}
+
+
 def _picture(scene: world.Scene) -> Image.Image:
     return picture.draw(scene, held_out=True)[0]
 
@@ -57,6 +78,19 @@ def _clip(scene: world.Scene) -> tuple[list[Image.Image], list[float]]:
 
 def _sound(scene: world.Scene) -> tuple[np.ndarray, int]:
     return sound.play(scene, held_out=True)[0], sound.RATE
+
+
+def furnished(example: Example) -> Example:
+    """The example with a region for every thing in its picture, not only those that it asks about; as it is without such a picture."""
+    return replace(example, regions=everything(example) or example.regions)
+
+
+def twin(example: Example) -> str:
+    """The scene of one of these examples as a sentence; empty for an example that shows no scene of this world."""
+    shown = [medium for media in example.media.values() for medium in media]
+    makers = (_picture, _clip, _sound)
+    scenes = [one.args[0] for one in shown if isinstance(one, partial) and one.func in makers]
+    return world.twin(scenes[0]) if len(scenes) == len(shown) == 1 else ""
 
 
 def chance(items: list[Example]) -> float:

@@ -68,6 +68,10 @@ STAGES: dict[str, tuple[Stage, ...]] = {
             "joint-polish", 800, 6e-4, (("picture", 0.88), ("text", 0.07), ("nothing", 0.05)), (*SEEING, "thing", "count"),
             questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.12,
         ),
+        Stage(
+            "joint-finish", 350, 4e-4, (("picture", 0.88), ("text", 0.07), ("nothing", 0.05)), (*SEEING, "thing", "exist"),
+            questions=8, short_until=0.0, presence=0.3, mentions=0.3, odd=0.12,
+        ),
     ),
     "video": (
         Stage(

@@ -7,7 +7,8 @@ import torch
 
 from compress.budget import Budget
 from compress.tokens.choice import Kept, best
-from compress.tokens.runtime import Reducer, TokenRuntime
+from compress.tokens.guards import Reducer
+from compress.tokens.runtime import TokenRuntime
 from probe import load
 from probe.tracing import last_logits
 from tests import toys

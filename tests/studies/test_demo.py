@@ -197,11 +197,11 @@ def _scenes_of(diet, tokenizer):
     return [batcher._asked(diet, 0.0) for _ in range(diet.rows)]
 
 
-GOALS = {"demo:text": 0.95, "demo:frozen": 0.90, "demo": 0.97}
-UNREACHED = {"demo"}  # what docs/demo.md says is still to be trained further
+GOALS = {"demo:text": 0.95, "demo:frozen": 0.90, "demo": 0.97, "demo:video": 0.70, "demo:audio": 0.70}
+TOLD = {"demo:text": "text", "demo:frozen": "picture", "demo": "picture", "demo:video": "clip", "demo:audio": "sound"}
 
 
-@pytest.mark.parametrize(("name", "telling"), [("demo:text", "text"), ("demo:frozen", "picture"), ("demo", "picture")])
+@pytest.mark.parametrize(("name", "telling"), TOLD.items())
 def test_the_models_know_what_their_card_says(name, telling):
     """Other questions than the card's, through the real processor: within four standard errors of what it states."""
     subject = load(name, device="cpu")
@@ -212,15 +212,17 @@ def test_the_models_know_what_their_card_says(name, telling):
     assert stated > data.chance(items) + 0.2
 
 
-def test_the_card_states_what_was_reached_and_what_was_not():
+def test_the_card_states_what_was_to_be_reached():
     assert set(CARD) == set(GOALS)
-    assert {name for name, least in GOALS.items() if CARD[name]["accuracy"]["all"] < least} == UNREACHED
-    for entry in CARD.values():
-        assert {"stages", "seed", "minutes", "accuracy", "chance", "questions"} <= set(entry)
+    for name, least in GOALS.items():
+        assert CARD[name]["accuracy"]["all"] >= least, name
+        assert {"stages", "seed", "minutes", "accuracy", "chance", "questions"} <= set(CARD[name])
+    assert min(CARD["demo"]["accuracy"].values()) >= 0.92
 
 
-def test_the_frozen_model_has_the_text_models_weights():
-    text, frozen = load("demo:text", device="cpu", check=False), load("demo:frozen", device="cpu", check=False)
+@pytest.mark.parametrize("name", ["demo:frozen", "demo:video", "demo:audio"])
+def test_the_frozen_models_have_the_text_models_weights(name):
+    text, frozen = load("demo:text", device="cpu", check=False), load(name, device="cpu", check=False)
     theirs = frozen.model.model.language_model.state_dict()
     for key, value in text.model.model.state_dict().items():
         assert torch.equal(value, theirs[key]), key

@@ -1,0 +1,224 @@
+"""The multiple-choice study's numbers, figures and words, made from its records."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from probe.analysis.stats import mcnemar, paired_difference, wilson
+from probe.plots.panels import colour, curves, values
+from studies.run import Run
+from studies.study import Summary
+from studies.tasks.scores import average, drawable, proportion
+from studies.tasks.scores_chef import bins, ece
+from studies.tasks.scores_choice import circular
+from studies.work import picked, refuse_nothing, skipped
+
+REDUCES = ("mean", "sum", "per-byte")
+WAYS = ("generation", "likelihood")
+
+
+def summarise(rows: pa.Table, reduce: str, problems: Sequence[str], seed: int) -> Summary:
+    """Everything that the report says, as numbers. Raises DataError when no example could be used."""
+    asked = picked(rows, what="asked")
+    refuse_nothing(rows, len(asked))
+    right = np.array(asked["right"].to_pylist())
+    chosen = {"generation": _generated(asked), "likelihood": _likely(asked, reduce)}
+    hits = {way: chosen[way] == right for way in WAYS}
+    sure = np.array([_softmax(one).max() for one in _scores(asked, reduce)])
+    turned, hidden = picked(rows, what="turned"), picked(rows, what="blind")
+    difference = paired_difference(hits["generation"].astype(float), hits["likelihood"].astype(float), seed)
+    return {
+        "run": "", "n": len(asked), "n_skipped": len(skipped(rows)), "skipped": skipped(rows), "problems": list(problems),
+        "chance": float(np.mean([1 / count for count in asked["count"].to_pylist()])),
+        "accuracy": {way: _share(f"accuracy by {way}", hits[way]) for way in WAYS},
+        "unknown": _share("unknown answers", chosen["generation"] < 0),
+        "by_reduce": {name: _share(f"accuracy by likelihood ({name})", _likely(asked, name) == right) for name in REDUCES},
+        "agreement": _share("both choose alike", chosen["generation"] == chosen["likelihood"]),
+        "difference": {"value": float(difference.value), "low": float(difference.low), "high": float(difference.high),
+                       "p": mcnemar(hits["generation"], hits["likelihood"])},
+        "ece": ece(sure.tolist(), hits["likelihood"].tolist(), seed).as_dict(), "bins": _bins(sure, hits["likelihood"]),
+        "confidence": average("confidence", sure.tolist(), seed).as_dict(),
+        "turned": {way: _turned(turned, way, reduce, seed) for way in WAYS} if len(turned) else None,
+        "blind": _blind(hidden, reduce) if len(hidden) else None,
+        "kinds": _kinds(asked["kind"].to_pylist(), hits),
+    }  # fmt: skip
+
+
+def _share(metric: str, hits: np.ndarray) -> dict[str, Any]:
+    return proportion(metric, int(hits.sum()), len(hits)).as_dict()
+
+
+def _generated(rows: pa.Table) -> np.ndarray:
+    """The index of the option that each answer names, -1 where it names none."""
+    return np.array([-1 if value is None else value for value in rows["chosen"].to_pylist()])
+
+
+def _scores(rows: pa.Table, reduce: str) -> list[np.ndarray]:
+    sums = [np.array(one, dtype=np.float64) for one in rows["sums"].to_pylist()]
+    if reduce == "sum":
+        return sums
+    lengths = rows["tokens" if reduce == "mean" else "bytes"].to_pylist()
+    return [one / np.array(by) for one, by in zip(sums, lengths, strict=True)]
+
+
+def _likely(rows: pa.Table, reduce: str) -> np.ndarray:
+    return np.array([int(one.argmax()) for one in _scores(rows, reduce)])
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    raised: np.ndarray = np.exp(scores - scores.max())
+    return raised / raised.sum()
+
+
+def _bins(sure: np.ndarray, hits: np.ndarray) -> list[dict[str, Any]]:
+    found = []
+    for one in bins(sure, hits):
+        low, high = wilson(one.hits, one.n)
+        found.append({"n": one.n, "confidence": one.confidence, "accuracy": one.accuracy, "low": low, "high": high})
+    return found
+
+
+def _turned(rows: pa.Table, way: str, reduce: str, seed: int) -> dict[str, Any]:
+    """Accuracy over every order of the options, in every one of them, and the place that is chosen whatever stands there."""
+    chosen = _generated(rows) if way == "generation" else _likely(rows, reduce)
+    names, counts, right, turns = (rows[name].to_pylist() for name in ("example", "count", "right", "rotation"))
+    hits: dict[str, list[bool]] = {}
+    places: dict[str, np.ndarray] = {}
+    widest = max(counts)
+    for name, count, answer, turn, choice in zip(names, counts, right, turns, chosen.tolist(), strict=True):
+        hits.setdefault(name, []).append(choice == answer)
+        share = places.setdefault(name, np.concatenate([np.zeros(count), np.full(widest - count, np.nan)]))
+        if choice >= 0:
+            share[(choice - turn) % count] += 1  # where the chosen option stood
+    table = np.array([one / np.nansum(one) for one in places.values() if np.nansum(one)]).reshape(-1, widest)
+    shares = [average(f"place {i + 1}", [v for v in table[:, i].tolist() if v == v], seed).as_dict() for i in range(widest)]
+    chance = [_mean([1 / count for count in map(len, hits.values()) if count > i]) for i in range(widest)]
+    return {
+        "accuracy": average("accuracy in any order", [float(np.mean(one)) for one in hits.values()], seed).as_dict(),
+        "circular": circular(list(hits.values())).as_dict(), "places": shares, "chance": chance,
+        "chance_circular": float(np.mean([len(one) ** -float(len(one)) for one in hits.values()])),
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _blind(rows: pa.Table, reduce: str) -> dict[str, Any]:
+    right = np.array(rows["right"].to_pylist())
+    return {
+        "generation": _share("accuracy without the picture", _generated(rows) == right),
+        "likelihood": _share("accuracy without the picture", _likely(rows, reduce) == right),
+    }
+
+
+def _kinds(kinds: Sequence[str], hits: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        name: {way: _share(f"{name} by {way}", hits[way][[kind == name for kind in kinds]]) for way in WAYS}
+        for name in sorted(set(kinds) - {""})
+    }
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figures(run: Run, summary: Summary) -> None:
+    """Accuracy in all readings, calibration, the place of what is chosen, and accuracy by kind of question."""
+    run.figure(
+        "accuracy", *_both("accuracy", {way: _cases(summary, way) for way in WAYS}, "share of questions", summary["chance"])
+    )
+    run.figure("calibration", *_calibration(summary))
+    if turned := summary["turned"]:
+        equal = set(turned["generation"]["chance"])
+        places = {way: {f"option {i + 1}": one for i, one in enumerate(turned[way]["places"])} for way in WAYS}
+        if any(drawable(one) for one in places.values()):
+            line = equal.pop() if len(equal) == 1 else None
+            run.figure("places", *_both("where the chosen option stood", places, "share of the choices made", line))
+    if len(summary["kinds"]) > 1:
+        kinds = {way: {name: one[way] for name, one in summary["kinds"].items()} for way in WAYS}
+        run.figure("kinds", *_both("accuracy by kind", kinds, "share of questions"))
+
+
+def _both(title: str, found: dict[str, dict[str, Any]], axis: str, line: float | None = None) -> tuple[Any, Any]:
+    """Scores of both ways beside each other."""
+    series = [(way, drawable(scores), colour(i)) for i, (way, scores) in enumerate(found.items())]
+    return values([(title, series)], f"{axis}, 95 % interval", line=line)
+
+
+def _cases(summary: Summary, way: str) -> dict[str, Any]:
+    cases = {"as asked": summary["accuracy"][way]}
+    if summary["turned"]:
+        cases |= {"in any order": summary["turned"][way]["accuracy"], "in every order": summary["turned"][way]["circular"]}
+    return cases | ({"no picture": summary["blind"][way]} if summary["blind"] else {})
+
+
+def _calibration(summary: Summary) -> tuple[Any, Any]:
+    found = summary["bins"]
+    lines = [
+        ("accuracy", {"mean": [b["accuracy"] for b in found], "low": [b["low"] for b in found], "high": [b["high"] for b in found]}, colour(0), False),
+        ("confidence", {"mean": [b["confidence"] for b in found]}, colour(1), True),
+    ]  # fmt: skip
+    return curves(
+        [("calibration of likelihood", lines)], [range(1, len(found) + 1)], "tenth of the questions, least sure first", "share"
+    )
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _said(one: dict[str, Any]) -> str:
+    return "not defined" if one["value"] is None else f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+
+
+def report(summary: Summary) -> str:
+    """The report: the question, the answer, each figure with a sentence, what could not be used."""
+    accuracy, gap = summary["accuracy"], summary["difference"]
+    verdict = "the two differ by more than chance" if gap["p"] < 0.05 else "the two do not differ beyond chance"
+    lines = [
+        "# Does the model choose right, by what it writes and by what it finds likely?", "",
+        f"{summary['model']} names the right option in {_said(accuracy['generation'])} of {summary['n']} questions (95 % interval), and finds it likeliest in "
+        f"{_said(accuracy['likelihood'])}, where guessing gives {summary['chance']:.3f}: {verdict} (difference {gap['value']:+.3f} "
+        f"[{gap['low']:+.3f}, {gap['high']:+.3f}], McNemar p = {gap['p']:.2g}). Both choose alike in {_said(summary['agreement'])}.", "",
+        "![accuracy](figures/accuracy.png)", "",
+        f"{_said(summary['unknown'])} of the answers name none of the options, or several; they count as wrong, and as no agreement. Likelihood is the {summary['reduce']} "
+        "over an option's tokens; the others give:", "",
+        "| reduce | accuracy |", "|---|---|", *(f"| {name} | {_said(one)} |" for name, one in summary["by_reduce"].items()), "",
+    ]  # fmt: skip
+    if summary["blind"]:
+        lines += [f"Without the picture it is {_said(summary['blind']['generation'])} by generation and {_said(summary['blind']['likelihood'])} by likelihood: what is "
+                  "above guessing there needs no picture.", ""]  # fmt: skip
+    lines += ["## How sure it is", "", "![calibration](figures/calibration.png)", "",
+              f"The mean confidence, the softmax over the options, is {_said(summary['confidence'])}; the expected calibration error over ten bins of equal mass is "
+              f"{_said(summary['ece'])}. With {summary['n'] / 10:.0f} questions in a bin some of it is noise: a perfectly calibrated model would not show zero.", ""]  # fmt: skip
+    if summary["turned"]:
+        lines += _order_words(summary)
+    if len(summary["kinds"]) > 1:
+        lines += ["## By kind of question", "", "![kinds](figures/kinds.png)", ""]
+    what = [*summary["problems"], *summary["skipped"]]
+    if what:
+        lines += [f"{len(what)} examples could not be used:", "", *(f"- {text}" for text in what[:20]), ""]
+    return "\n".join(lines)
+
+
+def _order_words(summary: Summary) -> list[str]:
+    lines = [
+        "## The order of the options",
+        "",
+        "| | any order | every order (circular) | first option chosen |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {way} | {_said(one['accuracy'])} | {_said(one['circular'])} | {_said(one['places'][0])} |"
+        for way, one in summary["turned"].items()
+    ]
+    first = summary["turned"]["generation"]
+    place, chance = first["places"][0], first["chance"][0]
+    biased = place["value"] is not None and (place["low"] > chance or place["high"] < chance)
+    return [
+        *lines, "", "![places](figures/places.png)", "",
+        f"In all rotations together each option stands in each place equally often, so that of the choices made the first place would have {chance:.3f} if "
+        f"the order did not matter; it has {_said(place)} by generation, {'which is not that' if biased else 'which is that within its interval'}. Guessing "
+        f"anew in each order would be right in all of them {first['chance_circular']:.3f} of the time.", "",
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Benchmarks: scoring rules, readers of published formats, and a wrapper for lmms-eval."""

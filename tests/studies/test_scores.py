@@ -1,0 +1,224 @@
+"""Scoring rules: hand-sized numbers, slow versions, and what is not defined is None."""
+
+import numpy as np
+import pytest
+
+from probe.analysis.stats import mcnemar, paired_difference, wilson
+from probe.errors import DataError, StudyError
+from probe.likelihood import Likelihood
+from studies.tasks.scores import Score, average, proportion
+from studies.tasks.scores_bigbench import bigbench
+from studies.tasks.scores_chair import chair, read_caption
+from studies.tasks.scores_chef import bins, ece, mr, riam, rr, rrm
+from studies.tasks.scores_choice import by_generation, by_likelihood, circular, parse_choice, rotations
+from studies.tasks.scores_mmevalpro import PARTS, mmevalpro
+from studies.tasks.scores_pope import asked_object, auroc, parse_yes_no, pope
+from studies.tasks.scores_text import exact_match, vqa_accuracy, vqa_answer, vqa_item
+from studies.tasks.vocabulary import Vocabulary, coco, singular
+from tests.oracles.scores import area_by_pairs, ece_by_hand, vqa_by_subsets
+
+
+def test_a_score_is_a_number_or_none():
+    assert proportion("x", 3, 4).value == 0.75
+    assert (proportion("x", 3, 4).low, proportion("x", 3, 4).high) == wilson(3, 4)
+    assert proportion("x", 0, 0).value is None
+    found = average("x", [1.0, None, 0.0], 0)
+    assert (found.value, found.n, found.n_dropped) == (0.5, 2, 1)
+    assert average("x", [None]).value is None
+    with pytest.raises(DataError, match="came out as nan"):
+        Score("x", float("nan"), None, None, 0, 0, 0)
+
+
+def test_exact_match_names_its_normalisation():
+    said, answers = ["Red.", "the dog", "2", "x"], ["red", "dog", "two", None]
+    assert [exact_match(said, answers, n).numerator for n in ("none", "plain", "vqa")] == [0, 1, 3]
+    assert exact_match(said, answers).n_dropped == 1
+    with pytest.raises(StudyError, match=r"there is no normalisation 'vqaa' .did you mean 'vqa'"):
+        exact_match(said, answers, "vqaa")
+
+
+NORMALISED = {
+    "The dog's, big!": "dog's big", "two": "2", "None": "0", "1,000": "1000", "3.5": "3.5", "ok.": "ok", "dont": "don't",
+    "red/blue": "red blue", "a man": "man", "shouldntve x": "shouldntve x", "couldnt've": "couldn't've", "left-hand": "left hand",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NORMALISED)
+def test_vqa_normalises_as_the_official_script(text):
+    assert vqa_answer(text) == NORMALISED[text]
+    assert len(NORMALISED) == 12
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_leaves_one_out(count, expected):
+    humans = ["red"] * count + ["blue"] * (10 - count)
+    assert vqa_item("Red", humans) == pytest.approx(expected)
+    assert vqa_item("red", humans) == pytest.approx(vqa_by_subsets("red", humans))
+
+
+def test_vqa_accuracy_of_few_people_and_the_published_reading():
+    assert vqa_item("red", ["red"]) is None
+    assert vqa_accuracy(["red", "x"], [["red"] * 10, ["y"]]).n_dropped == 1
+    assert vqa_item("2", ["two"] * 9 + ["three"]) == 1.0
+    assert vqa_item("2", ["two"] * 9 + ["three"], compat="official") == 0.0
+    with pytest.raises(StudyError, match="no compat='paper'"):
+        vqa_item("2", ["two"] * 2, compat="paper")
+
+
+CHOICES = {
+    "B": 1, "(b)": 1, "B. blue": 1, "The answer is C.": 2, "Answer: A": 0, "blue": 1, "It is the blue one": 1, "red or blue": None, "": None,
+    "E": None, "A hot dog": 3, "A dog, I think": 2, "the answer is a dog": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CHOICES)
+def test_an_answer_names_an_option_or_none(text):
+    assert parse_choice(text, ["red", "blue", "dog", "hot dog"]) == CHOICES[text]
+    assert len(CHOICES) == 13
+
+
+def test_without_letters_a_letter_is_a_word():
+    assert parse_choice("A", ["red", "blue"], lettered=False) is None
+    assert parse_choice("b3", ["a1", "b3"], lettered=False) == 1
+
+
+def test_choices_are_scored_both_ways():
+    accuracy, unknown = by_generation([0, 1, None, 1], [0, 0, 0, 1])
+    assert (accuracy.value, unknown.value) == (0.5, 0.25)
+    one = Likelihood(("a", "bbbb"), ((-1.0,), (-0.6, -0.6)), (True, False))
+    assert [one.best(r) for r in ("mean", "sum", "per-byte")] == [1, 0, 1]
+    assert one.probabilities("sum").sum() == pytest.approx(1)
+    assert by_likelihood([one, one], [1, 0]).value == 0.5
+    assert rotations(3) == [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
+    assert circular([[True, True], [True, False]]).value == 0.5
+
+
+PARSED = {  # text: (what is said, what the published parser takes it for)
+    "Yes": ("yes", "yes"), "yes, there is": ("yes", "yes"), "No": ("no", "no"), "no.": ("no", "no"), "There is not a dog": ("no", "no"),
+    "nothing": ("no", "yes"), "": ("unknown", "yes"), "banana": ("unknown", "yes"), "There isn't any": ("no", "yes"),
+    "There is a dog. No cat.": ("yes", "yes"), "NO": ("no", "yes"), "I cannot see one": ("no", "yes"), "well yes and not": ("unknown", "no"),
+    "No, there is": ("no", "no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PARSED)
+def test_yes_and_no_are_told_apart(text):
+    assert (parse_yes_no(text), parse_yes_no(text, "official")) == PARSED[text]
+    assert len(PARSED) == 14
+
+
+def test_pope_by_hand():
+    found = pope(["yes", "yes", "no", "unknown", "no", "unknown"], [True, False, False, True, True, False])
+    values = {name: one.value for name, one in found.items()}
+    assert values == {
+        "accuracy": 2 / 6, "precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "yes_ratio": 2 / 6, "unknown_rate": 2 / 6, "hallucination": 1 / 3,
+    }  # fmt: skip
+    nothing = pope(["no", "no"], [False, False])
+    assert [nothing[name].value for name in ("precision", "recall", "f1")] == [None] * 3
+    assert pope([], [])["accuracy"].value is None
+    assert asked_object("Is there an umbrella in the image?") == "umbrella"
+    assert [asked_object(q) for q in ("any four", "is there a star ?", "where?")] == ["four", "star", "where?"]
+
+
+def test_the_area_is_that_over_pairs():
+    rng = np.random.default_rng(0)
+    scores, there = rng.integers(0, 5, 40) / 4, rng.random(40) < 0.5
+    found = auroc(scores, there)
+    assert found.value == pytest.approx(area_by_pairs(scores.tolist(), there.tolist()))
+    assert found.low < found.value < found.high
+    assert auroc([0.1, 0.2], [True, True]).value is None
+
+
+def test_golden_captions():
+    assert [m.name for m in coco().mentions("A hot dog and two wine glasses on a toilet seat")] == [
+        "hot dog",
+        "wine glass",
+        "toilet",
+    ]
+    assert [m.name for m in coco().mentions("A baby elephant near people")] == ["elephant", "person"]
+    assert [m.name for m in coco().mentions("two knives, scissors and buses at home plate")] == ["knife", "scissors", "bus"]
+    assert len(coco().names) == 80
+    assert [singular(w) for w in ("dogs", "glass", "men", "ladies", "boxes", "tennis")] == [
+        "dog",
+        "glass",
+        "man",
+        "lady",
+        "box",
+        "tennis",
+    ]
+    read = read_caption("the toilet has a seat", {"toilet"})
+    assert [m.name for m in read.mentions] == ["toilet"]
+    found = chair(["a dog and a dog and a cat", "a hot dog", "nothing"], [{"dog"}, {"dog", "pizza"}, set()])
+    assert (found["chair_i"].value, found["chair_s"].value, found["recall"].value) == (2 / 4, 2 / 3, 1 / 3)
+    assert chair(["nothing"], [{"dog"}])["chair_i"].value is None
+    assert coco().objects(["Hot Dogs"], ["a puppy"]) == {"hot dog", "dog"}
+
+
+def test_a_vocabulary_of_ones_own():
+    own = Vocabulary({"circle": ["ring", "disc"], "digit": ["number"]}, {"key ring": None})
+    assert [m.name for m in own.mentions("rings, a key ring, and numbers")] == ["circle", "digit"]
+    with pytest.raises(DataError, match="'x' names both 'a' and 'b'"):
+        Vocabulary({"a": ["x"], "b": ["x"]})
+    with pytest.raises(DataError, match="the vocabulary has no object 'dog'"):
+        own.objects(["dog"])
+
+
+def test_triplets():
+    rng = np.random.default_rng(1)
+    rows = [(str(t), part, bool(rng.random() < 0.6)) for t in range(200) for part in PARTS]
+    found = mmevalpro([*rows, ("odd", "Origin", True)])
+    value = {name: one.value for name, one in found.scores.items()}
+    assert found.incomplete == ("odd",)
+    assert found.scores["GA"].n_dropped == 1
+    assert value["GA"] <= min(value[name] for name in ("OA", "PA", "KA"))
+    assert value["CG"] == pytest.approx(value["OA"] - value["GA"])
+    assert value["CG"] >= 0
+    assert value["AA"] == pytest.approx((value["OA"] + value["PA"] + value["KA"]) / 3)
+    none = mmevalpro([("1", "Origin", False), ("1", "Perception", True), ("1", "Knowledge", True)]).scores
+    assert none["PC"].value is none["KC"].value is None
+
+
+@pytest.mark.parametrize("n", [3, 10, 23, 40])
+def test_calibration_with_bins_of_equal_mass(n):
+    rng = np.random.default_rng(n)
+    sure, right = rng.random(n), rng.random(n) < 0.5
+    assert ece(sure.tolist(), right.tolist()).value == pytest.approx(ece_by_hand(sure.tolist(), right.tolist(), 10))
+    assert [one.n for one in bins(sure, right)] == [size for size in [n // 10 + (i < n % 10) for i in range(10)] if size]
+    assert ece([1.0, 0.0], [True, False]).value == 0
+    assert ece([], []).value is None
+    with pytest.raises(DataError, match="between 0 and 1"):
+        ece([2.0], [True])
+
+
+def test_gains_over_chance_need_something_above_it():
+    plain, better, worse = [True] * 6 + [False] * 4, [True] * 8 + [False] * 2, [True] * 4 + [False] * 6
+    assert riam(better, plain, 0.25).value == pytest.approx((0.8 - 0.6) / (0.6 - 0.25))
+    assert rrm(worse, plain, 0.25).value == pytest.approx(100 * (0.4 - 0.25) / (0.6 - 0.25))
+    assert rr(worse, plain).value == pytest.approx(100 * 0.4 / 0.6)
+    assert rrm(worse, plain, 0.6).value is riam(better, plain, 0.595).value is None
+    assert mr([0, 1, None], [0, 0, None]).numerator == 1
+
+
+def test_instructions_judged_by_hand():
+    table = np.array([[[50.0, 50.0, 40.0]], [[30.0, 10.0, 60.0]]])
+    found = bigbench(table, top=1)
+    assert found.best.tolist() == [[50.0], [60.0]]
+    assert found.hit_ratio.tolist() == [[0.0, 100.0, 0.0], [0.0, 0.0, 100.0]]  # a tie goes to the later instruction
+    assert found.gain_of_model[0, 0] == pytest.approx(np.mean([25, 100 * 20 / 30, -20]))
+    assert found.spread_of_model[0, 0] == pytest.approx(np.std([50, 50, 40]))
+    assert found.spread_of_instruction.shape == (3, 1)
+    assert bigbench(np.zeros((2, 1, 3))).gain_of_model.tolist() == [[0.0], [0.0]]
+    with pytest.raises(DataError, match="has gaps"):
+        bigbench(np.full((1, 1, 3), np.nan))
+    with pytest.raises(DataError, match="the 4 best of 3"):
+        bigbench(table, top=4)
+
+
+def test_paired_comparisons():
+    a, b = np.array([1, 1, 1, 1, 1, 0, 1], bool), np.array([0, 0, 0, 0, 0, 1, 1], bool)
+    assert mcnemar(a, b) == pytest.approx(2 * 7 / 2**6)  # five and one of six: (1 + 6) / 64 on either side
+    assert mcnemar(a, a) == 1.0
+    found = paired_difference(a.astype(float), b.astype(float))
+    assert float(found.value) == pytest.approx(4 / 7)
+    assert found.low <= found.value <= found.high
+    assert np.isnan(paired_difference(np.array([np.nan]), np.array([1.0])).value)
