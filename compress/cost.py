@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from compress.layer_cost import PLAIN, Convention, LayerSize, Ran, layer_sizes
 from compress.smaller import Smaller
+from compress.tokens.guards import Reducer, per_token
 from compress.tokens.media import find_media
-from compress.tokens.runtime import Reducer, per_token
 from compress.tower_cost import tower_macs
 from probe.subject import Encoded, Subject
 

@@ -105,7 +105,7 @@ def _watched(subject: Subject, clock: _Clock) -> Iterator[None]:
     before = runtime.reducers if runtime else []
     try:
         if runtime:
-            runtime.reducers = [replace(one, select=_timed(one.select, clock)) for one in before]
+            runtime.reducers = [replace(one, select=one.select and _timed(one.select, clock)) for one in before]
         yield
     finally:
         if runtime:

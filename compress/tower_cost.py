@@ -130,7 +130,8 @@ def _connector(subject: Subject, layers: nn.ModuleList, patches: int, rows: int)
     parts = _connectors(subject)
     if any(weight.dim() >= 3 for part in parts for weight in part.parameters()):
         return None
-    maps = [(int(m.in_features), int(m.out_features)) for part in parts for m in part.modules() if hasattr(m, "in_features")]
+    modules: list[Any] = [m for part in parts for m in part.modules() if hasattr(m, "in_features")]
+    maps = [(int(m.in_features), int(m.out_features)) for m in modules]
     if not maps or sum(a * b for a, b in maps) != sum(w.numel() for p in parts for w in p.parameters() if w.dim() == 2):
         return None
     chosen = getattr(subject.config, "vision_feature_layer", -1)
