@@ -4,15 +4,16 @@ Sizes are read from the weights, so that removed layers, heads, neurons and expe
 layer really runs, so that reducers and skips do too. What is not counted is named, never guessed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from compress.layer_cost import PLAIN, Convention, LayerSize, Ran, layer_sizes
+from compress.selector_cost import ARITHMETIC, Choosing, tower_attention
 from compress.smaller import Smaller
 from compress.tokens.guards import Reducer, per_token
 from compress.tokens.media import find_media
-from compress.tower_cost import tower_macs
+from compress.tower_cost import extra_tokens, tower_macs
 from probe.subject import Encoded, Subject
 
 PARTS = ("vision", "connector", "decoder", "head", "embeddings", "audio")
@@ -178,60 +179,75 @@ def _attached(subject: Subject) -> list[Any]:
 
 def _left(subject: Subject, n: int, layer: int) -> int:
     """Tokens of a medium of n that enter a layer."""
-    left = n
-    for reducer in _reducers(subject):
-        if reducer.layer <= layer and not reducer.simulated:
-            left = min(left, reducer.budget.count(n, reducer.layer, subject.n_layers, per_token(subject)))
-    return left
+    return min([n, *(_kept(subject, n, one) for one in _reducers(subject) if one.layer <= layer and not one.simulated)])
+
+
+def _kept(subject: Subject, n: int, reducer: Reducer) -> int:
+    """Tokens that a reducer would leave of a medium of n."""
+    return 0 if reducer.select is None else reducer.budget.count(n, reducer.layer, subject.n_layers, per_token(subject))
 
 
 # --- what choosing costs ---------------------------------------------------------------------------------------------
 
 
-def _selectors(subject: Subject, encoded: Encoded, sizes: Sequence[LayerSize]) -> tuple[float | None, list[str]]:
-    """Multiply-adds of every reducer: what it reads and what it computes; and the names of methods that say neither."""
-    reducers = _reducers(subject)
-    if not reducers:
-        return 0.0, []
+def _selectors(subject: Subject, encoded: Encoded, sizes: Sequence[LayerSize]) -> tuple[float, list[str]]:
+    """Multiply-adds of every reducer: what it reads and what it computes; and the methods whose arithmetic has no closed form here."""
     text, media = _prompt(subject, encoded)
+    looks = {need for reducer in _reducers(subject) for need in reducer.needs} - {"before", "here", "tower_states"}
     total, unknown = 0.0, []
-    for reducer in reducers:
+    for reducer in _reducers(subject):
         before = [_left_before(subject, n, reducer) for n in media]
-        total += _reading(subject, reducer, text, before, sizes)
-        method, name = _method(reducer)
-        for n, whole in zip(before, media, strict=True):
-            kept = reducer.budget.count(whole, reducer.layer, subject.n_layers, per_token(subject))
-            if method is None or method.macs is None:
+        size = sizes[reducer.layer]
+        if "here" in reducer.needs:  # the layer's own maps, once more
+            total += (text + sum(before)) * (size.asking + size.keeping)
+        for number, (n, whole) in enumerate(zip(before, media, strict=True)):
+            kept = _kept(subject, whole, reducer)
+            if reducer.select is None or kept >= n:
+                continue
+            choice = _choosing(subject, encoded, number, (n, kept, text + sum(before), whole), size)
+            total += tower_attention(choice) if looks else 0.0
+            arithmetic, name = _arithmetic(reducer)
+            if arithmetic is None:
                 unknown.append(f"the arithmetic of choosing by {name}")
             else:
-                total += method.macs(n, min(n, kept), subject.config.get_text_config().hidden_size)
+                total += arithmetic(choice)
     return total, list(dict.fromkeys(unknown))
 
 
 def _left_before(subject: Subject, n: int, reducer: Reducer) -> int:
-    earlier = [one for one in _reducers(subject) if one.layer < reducer.layer]
-    counts = [one.budget.count(n, one.layer, subject.n_layers, per_token(subject)) for one in earlier if not one.simulated]
-    return min([n, *counts])
+    earlier = [one for one in _reducers(subject) if one.layer < reducer.layer and not one.simulated]
+    return min([n, *(_kept(subject, n, one) for one in earlier)])
 
 
-def _reading(subject: Subject, reducer: Reducer, text: int, media: Sequence[int], sizes: Sequence[LayerSize]) -> float:
-    """Attention that is read beside the kernel: one row of queries over all keys; `here` makes the layer's q, k and v once more."""
-    n = text + sum(media)
-    size, found = sizes[min(reducer.layer, len(sizes) - 1)], 0.0
-    if "here" in reducer.needs:
-        found += n * (size.asking / 2 + size.keeping)
-    if {"before", "here"} & set(reducer.needs):
-        found += len(media) * n * size.mixing / 2
-    if {"class_attention", "tower_attention"} & set(reducer.needs):
-        width = int(getattr(getattr(subject.config, "vision_config", None), "hidden_size", 0))
-        found += float(sum(m * m for m in media) * width)
-    return found
+def _choosing(subject: Subject, encoded: Encoded, number: int, counts: tuple[int, int, int, int], size: LayerSize) -> Choosing:
+    n, kept, positions, whole = counts
+    text, vision = subject.config.get_text_config(), getattr(subject.config, "vision_config", None)
+    width, heads = (int(getattr(vision, name, 0) or 0) for name in ("hidden_size", "num_attention_heads"))
+    extra = 0
+    if subject.anatomy.vision is not None:
+        extra = extra_tokens(subject.model.get_submodule(subject.anatomy.vision))
+    return Choosing(
+        n, kept, _words_after(subject, encoded, number), positions, int(text.hidden_size), subject.n_heads, size.mixing / 2, whole + extra,
+        width, width // heads if heads else 0,
+    )  # fmt: skip
 
 
-def _method(reducer: Reducer) -> tuple[Any, str]:
-    """The Method that a reducer's selector belongs to, and its name."""
+def _words_after(subject: Subject, encoded: Encoded, number: int) -> int:
+    """Words after a medium; all words where none follow."""
+    inputs = {key: value for key, value in encoded.inputs.items() if key != "input_ids"}
+    media = find_media(subject, encoded.inputs["input_ids"], inputs)[0]
+    taken = {int(place) for medium in media for place in medium.positions}
+    words = [i for i, segment in enumerate(encoded.maps[0].segments) if segment != "pad" and i not in taken]
+    return len([i for i in words if i > int(media[number].positions[-1])]) or len(words)
+
+
+def _arithmetic(reducer: Reducer) -> tuple[Callable[[Choosing], float] | None, str]:
+    """The closed form of a selector, and its name; None where there is none, or a setting changes what is computed."""
     from compress.passes import METHODS
 
     choose = getattr(reducer.select, "func", reducer.select)
-    found = next(((method, name) for name, method in METHODS.items() if method.choose is choose), None)
-    return found or (None, getattr(choose, "__name__", "a function"))
+    name = next((name for name, method in METHODS.items() if method.choose is choose and name in ARITHMETIC), None)
+    if name is None:
+        others = (name for name, method in METHODS.items() if method.choose is choose)
+        return None, next(others, getattr(choose, "__name__", "a function"))
+    return (None if getattr(reducer.select, "keywords", None) else ARITHMETIC[name]), name

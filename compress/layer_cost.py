@@ -176,8 +176,8 @@ def _width(attention: Any, part: str, config: Any) -> int:
 
 def _fused(attention: Any) -> int | None:
     """The width that a fused map of queries, keys and values reads."""
-    parts: list[Any] = [getattr(attention, name, None) for name in ("qkv_proj", "query_key_value", "qkv", "Wqkv")]
-    return next((int(part.in_features) for part in parts if hasattr(part, "in_features")), None)
+    parts = (getattr(attention, name, None) for name in ("qkv_proj", "query_key_value", "qkv", "Wqkv"))
+    return next((int(part.in_features) for part in parts if part is not None), None)
 
 
 def _window(attention: Any) -> int | None:

@@ -106,13 +106,13 @@ def _checked(text: Mapping[str, Any], path: tuple[str | int, ...], where: str) -
         if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
             raise RecipeError(f"{place}: choices is a list of at least one value")
         return Free(path, choices=tuple(choices))
-    low, high = text.get("low"), text.get("high")
-    numbers = [end for end in (low, high) if isinstance(end, int | float) and not isinstance(end, bool)]
-    if len(numbers) < 2 or numbers[0] >= numbers[1]:
+    low: Any = text.get("low")
+    high: Any = text.get("high")
+    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)) or low >= high:
         raise RecipeError(f"{place}: a range has numbers low and high, low below high, not {low!r} and {high!r}")
-    if text.get("log") and numbers[0] <= 0:
+    if text.get("log") and low <= 0:
         raise RecipeError(f"{place}: a range by factors (log) begins above 0, not at {low!r}")
-    return Free(path, numbers[0], numbers[1], bool(text.get("log", False)))
+    return Free(path, low, high, bool(text.get("log", False)))
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

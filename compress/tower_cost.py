@@ -33,7 +33,7 @@ def tower_macs(subject: Subject, inputs: Mapping[str, Any]) -> tuple[float | Non
     if layers is None or patch is None or anatomy.row.geometry not in _PLAIN or _has_more(subject, tower, layers, patch):
         return None, None, f"the vision tower of {anatomy.family}"
     spans = [span for name in shown for span in _spans(subject, tower, name, inputs, patch)]
-    extra = _extra_tokens(tower)
+    extra = extra_tokens(tower)
     rows = sum(span + extra for span in spans)
     seen = float(sum(spans) * patch.weight.numel() if isinstance(patch, nn.Conv2d | nn.Conv3d) else 0)
     if isinstance(patch, nn.Linear):
@@ -85,7 +85,8 @@ def _patch(tower: nn.Module) -> nn.Conv2d | nn.Conv3d | nn.Linear | None:
     return None
 
 
-def _extra_tokens(tower: nn.Module) -> int:
+def extra_tokens(tower: nn.Module) -> int:
+    """1 where the tower has a class token."""
     return int(any(name.split(".")[-1] in ("class_embedding", "cls_token") for name, _ in tower.named_parameters()))
 
 
@@ -130,8 +131,8 @@ def _connector(subject: Subject, layers: nn.ModuleList, patches: int, rows: int)
     parts = _connectors(subject)
     if any(weight.dim() >= 3 for part in parts for weight in part.parameters()):
         return None
-    modules: list[Any] = [m for part in parts for m in part.modules() if hasattr(m, "in_features")]
-    maps = [(int(m.in_features), int(m.out_features)) for m in modules]
+    linear: list[Any] = [module for part in parts for module in part.modules() if hasattr(module, "in_features")]
+    maps = [(int(module.in_features), int(module.out_features)) for module in linear]
     if not maps or sum(a * b for a, b in maps) != sum(w.numel() for p in parts for w in p.parameters() if w.dim() == 2):
         return None
     chosen = getattr(subject.config, "vision_feature_layer", -1)

@@ -69,6 +69,7 @@ def _say(result: Any, as_json: bool, text: Callable[[], str]) -> None:
 
 
 def _quiet_libraries() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler tells of itself otherwise
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -20,8 +20,8 @@ def figure(points: Points) -> Pair:
 
 
 def _timed(point: Mapping[str, Any]) -> dict[str, Any]:
-    found = point["ratios"]["prefill"]
-    value = 1.0 if point["baseline"] == "full" else found["value"]
+    found = {"value": 1.0, "low": 1.0, "high": 1.0} if point["baseline"] == "full" else point["ratios"]["prefill"]
+    value = found["value"]
     low, high = (value if end is None else end for end in (found["low"], found["high"]))
     return {**_common(point), "standing": point["standing"]["prefill"], "x": value, "x_low": low, "x_high": high}
 

@@ -5,12 +5,10 @@ from compress.reducers import diverse, frames, inside, plain, tower
 
 CLASS, KEYS, STATES, PATCHES = "class_attention", "tower_keys", "tower_states", "tower_attention"
 METHODS: dict[str, Method] = {
-    "random": Method(plain.at_random, source="baseline", macs=lambda n, kept, width: 0.0),
-    "uniform": Method(plain.uniform, source="baseline", macs=lambda n, kept, width: 0.0),
-    "pooling": Method(
-        plain.pooling, source="baseline; InfMLLM's pool adapter (arXiv 2311.06791), training-free", macs=lambda n, kept, width: float(n * width)
-    ),
-    "downsampling": Method(plain.downsampling, source="baseline", macs=lambda n, kept, width: float(n * width)),
+    "random": Method(plain.at_random, source="baseline"),
+    "uniform": Method(plain.uniform, source="baseline"),
+    "pooling": Method(plain.pooling, source="baseline; InfMLLM's pool adapter (arXiv 2311.06791), training-free"),
+    "downsampling": Method(plain.downsampling, source="baseline"),
     "fopru": Method(tower.fopru, needs=(PATCHES,), source="arXiv 2411.14164"),
     "fastervlm": Method(tower.fastervlm, needs=(CLASS,), source="arXiv 2412.01818"),
     "visionzip": Method(tower.visionzip, needs=(CLASS, KEYS), source="arXiv 2412.04467"),

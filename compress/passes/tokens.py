@@ -39,7 +39,6 @@ class Method:
     needs: tuple[str, ...] = ()
     text_conditioned: bool = False
     source: str = ""
-    macs: Callable[[int, int, int], float] | None = None  # multiply-adds of choosing (tokens, kept, width); None: not counted
 
 
 class ReduceTokens(Change):

@@ -8,7 +8,7 @@ from probe.errors import PassError
 
 
 def at_random(seen: Seen, count: int) -> Kept:
-    """Any `count` tokens, drawn by the seed of the pass and the number of the medium."""
+    """Any `count` tokens, drawn by the seed of the pass, the words of the prompt and the number of the medium."""
     generator = torch.Generator().manual_seed(seen.seed)
     return Kept(best(torch.rand(len(seen), generator=generator).to(seen.states.device), count))
 

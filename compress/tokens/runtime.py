@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class _Pass:
 
     media: list[list[Medium]]
     real: Tensor
+    draws: list[int]  # a number for each row that follows from its words alone, for reducers that draw
     stack: ExitStack = field(default_factory=ExitStack)
     call: Call | None = None
     prompt: Prompt | None = None
@@ -102,7 +104,7 @@ class TokenRuntime:
             refuse_windows(self.subject, ids.shape[1])
             mask = kwargs.get("attention_mask")
             real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids, dtype=torch.bool)
-            self.reading = self._listen(_Pass(media, real))
+            self.reading = self._listen(_Pass(media, real, [_draw(line[kept]) for line, kept in zip(ids, real, strict=True)]))
         return None
 
     def _told(self, ids: Tensor) -> dict[str, Any]:
@@ -283,13 +285,19 @@ class TokenRuntime:
         seen = Seen(
             states=state[row, places], text=state[row, words], grid=medium.grid, layer=reducer.layer, n_layers=self.subject.n_layers,
             kind=medium.kind, tower=self.tower.of(medium, before, prompt.media) if self.tower else {}, call=reading.call,
-            row=row, places=places, words=words, last=int(torch.nonzero(prompt.real_now()[row])[-1]), seed=reducer.seed + before,
+            row=row, places=places, words=words, last=int(torch.nonzero(prompt.real_now()[row])[-1]),
+            seed=reducer.seed + reading.draws[row] + number,
             before=None if prompt.entered is None else prompt.entered[row, prompt.now[row].clamp(min=0)],
         )  # fmt: skip
         kept = reducer.select(seen, count)
         if len(kept.index) != count or bool((kept.index[1:] <= kept.index[:-1]).any()):
             raise PassError(f"a reducer kept {len(kept.index)} tokens, or not in order, where {count} were asked for")
         return kept
+
+
+def _draw(ids: Tensor) -> int:
+    """A number for a prompt, whichever batch it is in and however it is padded."""
+    return crc32(ids.cpu().numpy().tobytes())
 
 
 def _whole(prompt: Prompt, state: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.budget import Budget
 from compress.cost import cost, mean_cost, parameters, tokens_run
 from compress.layer_cost import Convention, LayerSize, Ran, layer_sizes
+from compress.passes import METHODS
 from compress.passes.layers import RemoveLayers
-from compress.passes.tokens import Tokens
+from compress.passes.tokens import Method, Pyramid, Tokens, Withdraw
 from compress.recipe import compress
+from compress.reducers.plain import uniform
+from compress.selector_cost import ARITHMETIC
 from probe import load
 from tests import toys
 
@@ -101,6 +104,7 @@ def run(subject, encoded):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         made = subject.model(**encoded.inputs, use_cache=True, logits_to_keep=1)
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    counts[f"{type(subject.model).__name__}."] = counts["Global"]
     return lambda path: counts.get(f"{type(subject.model).__name__}.{path}", 0), made.past_key_values
 
 
@@ -152,6 +156,8 @@ REDUCED = {
     "before": [Tokens(method="uniform", budget=Budget(keep=0.5))],
     "inside": [Tokens(method="drawn", budget=Budget(keep=0.25), layer=2)],
     "both": [Tokens(method="uniform", budget=Budget(keep=12)), Tokens(method="drawn", budget=Budget(keep=5), layer=1)],
+    "pyramid": [Pyramid(method="drawn")],
+    "withdrawn": [Withdraw(layer=3)],
     "layer and tokens": [RemoveLayers(layers=(1,)), Tokens(method="uniform", budget=Budget(keep=0.5))],
 }
 
@@ -159,9 +165,7 @@ REDUCED = {
 @pytest.fixture
 def drawn(monkeypatch):
     """A method inside the decoder, that chooses like `uniform`."""
-    from compress.passes import METHODS, tokens
-
-    monkeypatch.setitem(METHODS, "drawn", tokens.Method(lambda seen, count: tokens.uniform(seen, count), layer=2))
+    monkeypatch.setitem(METHODS, "drawn", Method(lambda seen, count: uniform(seen, count), layer=2))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
@@ -175,7 +179,52 @@ def test_reduced_models(toy, drawn, family, case):
     assert [2 * macs for macs in found.layers] == [counted(f"{smaller.anatomy.layers}.{i}") for i in range(smaller.n_layers)]
     assert list(found.kv_bytes) == cached(cache)
     assert sum(found.kv_bytes) < sum(cost(subject, encoded).kv_bytes)
-    assert found.notes == (() if case in ("before", "layer and tokens") else ("the arithmetic of choosing by drawn",))
+    assert found.notes == (
+        () if case in ("before", "withdrawn", "layer and tokens") else ("the arithmetic of choosing by drawn",)
+    )
+    smaller.detach()
+
+
+CHOOSING = (
+    "fopru",
+    "fastervlm",
+    "visionzip",
+    "prumerge",
+    "vispruner",
+    "divprune",
+    "aim-merge",
+    "fastv",
+    "aim",
+    "dart",
+    "uniform",
+    "pooling",
+)
+
+
+@pytest.mark.parametrize("method", CHOOSING)
+def test_what_choosing_costs(toy, method):
+    """All that torch counts beside the model's own parts is the choosing, and turning positions, which the dense model does too."""
+    subject = toy("llava")
+    encoded = one(subject)
+    turning = run(subject, encoded)[0]("")
+    dense = cost(subject, encoded)
+    smaller = compress(subject, [Tokens(method=method, budget=Budget(keep=8))])
+    found = cost(smaller, encoded)
+    beside = run(smaller, encoded)[0]("") - turning - 2 * (found.total_macs - found.macs["selector"] - dense.total_macs)
+    smaller.detach()
+    assert found.notes == ()
+    assert 2 * found.macs["selector"] == beside
+
+
+def test_every_method_says_what_choosing_costs():
+    assert set(ARITHMETIC) <= set(METHODS)
+    assert len(ARITHMETIC) >= 21
+
+
+def test_a_setting_that_changes_the_arithmetic_is_not_guessed_at(toy):
+    subject = toy("llava")
+    smaller = compress(subject, [Tokens(method="divprune", settings={"cen": True})])
+    assert cost(smaller, one(smaller)).notes == ("the arithmetic of choosing by divprune",)
     smaller.detach()
 
 

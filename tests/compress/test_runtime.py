@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from compress.budget import Budget
+from compress.passes.tokens import Tokens
+from compress.recipe import compress
 from compress.tokens.choice import Kept, best
 from compress.tokens.guards import Reducer
 from compress.tokens.runtime import TokenRuntime
@@ -122,3 +124,15 @@ def test_what_is_written_from_the_cache_is_what_full_passes_say(family, policy):
         assert lengths[-1] < lengths[0]
     for step, logits in enumerate(made.logits):
         torch.testing.assert_close(logits, full_pass(subject, encoded, written[:, :step], *reducers), atol=2e-4, rtol=1e-3)
+
+
+def test_what_is_drawn_follows_from_the_words_and_not_from_the_batch():
+    subject = opened("llava")
+    examples = toys.pair(subject)
+    smaller = compress(subject, [Tokens(method="random", budget=Budget(keep=0.25))])
+    apart = torch.cat([last_logits(smaller, smaller.encode(example)) for example in examples])
+    for side, order in (("left", [0, 1]), ("right", [1, 0])):
+        together = last_logits(smaller, smaller.encode([examples[i] for i in order], side))
+        torch.testing.assert_close(together, apart[order], atol=1e-4, rtol=1e-4)
+    other = compress(subject, [Tokens(method="random", budget=Budget(keep=0.25), seed=1)])
+    assert (last_logits(other, other.encode(examples)) - apart).abs().max() > 1e-3
