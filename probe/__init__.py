@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probe.anatomy import Anatomy, Row
-    from probe.edits import Ablate, Knockout, Patch, window
+    from probe.edits import Ablate, Erase, Knockout, Patch, window
     from probe.example import Example, Region
     from probe.generation import Generation, trace_generation
-    from probe.recorders import Lens, Mass, Patterns, Residual, Rows
+    from probe.recorders import Confidence, Lens, Mass, Patterns, Residual, Rows
     from probe.replay import Sweep, sweep
     from probe.subject import Encoded, Subject, load
     from probe.tokens import Grid, TokenMap
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Anatomy": "probe.anatomy", "Row": "probe.anatomy",
-    "Ablate": "probe.edits", "Knockout": "probe.edits", "Patch": "probe.edits", "window": "probe.edits",
+    "Ablate": "probe.edits", "Erase": "probe.edits", "Knockout": "probe.edits", "Patch": "probe.edits", "window": "probe.edits",
     "Example": "probe.example", "Region": "probe.example",
     "Generation": "probe.generation", "trace_generation": "probe.generation",
-    "Lens": "probe.recorders", "Mass": "probe.recorders", "Patterns": "probe.recorders", "Residual": "probe.recorders",
+    "Confidence": "probe.recorders", "Lens": "probe.recorders", "Mass": "probe.recorders", "Patterns": "probe.recorders", "Residual": "probe.recorders",
     "Rows": "probe.recorders",
     "Sweep": "probe.replay", "sweep": "probe.replay",
     "Encoded": "probe.subject", "Subject": "probe.subject", "load": "probe.subject",
@@ -28,7 +28,9 @@ _HOMES = {
 __all__ = [
     "Ablate",
     "Anatomy",
+    "Confidence",
     "Encoded",
+    "Erase",
     "Example",
     "Generation",
     "Grid",

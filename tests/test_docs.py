@@ -52,7 +52,7 @@ def test_every_family_is_in_the_readme():
 
 
 def test_public_names_are_importable_and_lazy():
-    assert len(probe.__all__) == 24
+    assert len(probe.__all__) == 26
     for name in probe.__all__:
         assert getattr(probe, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

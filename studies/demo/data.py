@@ -82,7 +82,8 @@ def _sound(scene: world.Scene) -> tuple[np.ndarray, int]:
 
 def furnished(example: Example) -> Example:
     """The example with a region for every thing in its picture, not only those that it asks about; as it is without such a picture."""
-    return replace(example, regions=everything(example) or example.regions)
+    regions = everything(example)
+    return example if regions is None else replace(example, regions=regions)
 
 
 def twin(example: Example) -> str:
