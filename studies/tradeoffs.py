@@ -7,6 +7,7 @@ same questions as the dense model, beside four baselines: the full model, random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from compress.budget import Budget
@@ -15,6 +16,7 @@ from compress.passes.base import Evidence, Pass
 from compress.passes.layers import RemoveLayers
 from compress.passes.tokens import Tokens
 from compress.recipe import Recipe
+from probe.analysis.stats import benjamini_hochberg
 from probe.errors import SightlineError, StudyError, did_you_mean
 from probe.subject import Subject
 from studies.bench import SCHEMA, Bench, Configuration, collect
@@ -34,8 +36,9 @@ def tradeoffs(
 ) -> Summary:
     """What does each step of compression cost in accuracy, and what does it save?
 
-    `shares` are the shares of visual tokens that stay (of more than eight methods each takes the first two), `methods` the token reducers (`all`, or names), `rounds` how often each configuration
-    is timed in turns with the dense model (0 leaves times out), `tokens` how many tokens each timed answer has.
+    `shares` are the shares of visual tokens that stay (of more than eight methods each takes the first two), `methods` the token
+    reducers (`all`, or names), `rounds` how often each configuration is timed in turns with the dense model (0 leaves times out),
+    `tokens` how many tokens each timed answer has.
     """
     kept = _shares(shares)
     chosen = _methods(methods)
@@ -164,13 +167,14 @@ def _report(summary: Mapping[str, Any]) -> str:
         "![accuracy and cost](figures/frontier.png)", "",
         "Left: measured time of reading the prompt, over the dense model's in the same round. Right: multiply-adds in closed form. Bars are 95 % "
         "intervals (Wilson for accuracy, order statistics for times). Baselines have marks of their own. A hollow point is beaten by another one's "
-        "values and cannot be told from it on these questions; a grey one is beaten for sure (paired on the same questions).", "",
+        "values and cannot be told from it on these questions; a grey one is beaten beyond both 95 % intervals (paired on the same questions, each pair by "
+        "itself).", "",
         "## Every configuration", "", table(points), "", _null(full), "",
     ]  # fmt: skip
-    worst = [point for point in steps if point.get("difference") and point["difference"]["high"] < 0]
+    worst = surely_worse(steps)
     lines += ["## What surely cost accuracy", ""]
-    lines += [sentence(p) for p in sorted(worst, key=lambda p: p["difference"]["value"])] or [
-        "No step: every interval of the difference to the dense model reaches 0, which is not to say that nothing was lost."
+    lines += [f"- {sentence(point)[:-1]}; q = {q:.3g}." for point, q in worst] or [
+        "No step by McNemar's test at a false discovery rate of 5 %, which is not to say that nothing was lost."
     ]
     kept = next((p for p in sorted(steps, key=lambda p: p["flops_ratio"]) if p["on_frontier"] and p.get("by_kind")), None)
     if kept:
@@ -186,6 +190,16 @@ def _report(summary: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def surely_worse(steps: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """Steps that are right less often than the dense model at a false discovery rate of 5 % over all of them, with their q-values, worst first."""
+    paired = [point for point in steps if point.get("difference")]
+    if not paired:
+        return []
+    q = benjamini_hochberg(np.array([point["p"] for point in paired], dtype=np.float64))
+    found = [(p, float(v)) for p, v in zip(paired, q, strict=True) if v < 0.05 and p["difference"]["value"] < 0]
+    return sorted(found, key=lambda one: one[0]["difference"]["value"])
+
+
 def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
     """The answer in a few sentences."""
     kept = [p for p in steps if p.get("difference") and p["difference"]["low"] > -0.05]
@@ -195,11 +209,12 @@ def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Sequence
     if cheapest:
         change = cheapest["difference"]
         text += (
-            f"The step that saves most while surely losing less than 5 points is *{cheapest['name']}*: {cheapest['flops_ratio']:.0%} of the FLOPs, "
-            f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]. "
+            f"The step that saves most while losing less than 5 points by its interval is *{cheapest['name']}*: {cheapest['flops_ratio']:.0%} of the FLOPs, "
+            f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]. It was picked among {len(steps)} on the questions that it is judged by: "
+            f"confirm it on others. "
         )
     else:
-        text += "No step is sure to lose less than 5 points. "
+        text += "No step loses less than 5 points by its interval. "
     if full["ratios"]:
         share = full["amdahl"]["prefill_share"]
         text += (

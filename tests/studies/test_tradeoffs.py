@@ -96,6 +96,23 @@ def test_batches_change_nothing(stranger, tmp_path, few):
         assert one["divergence"]["value"] == pytest.approx(many["divergence"]["value"], abs=1e-4)
 
 
+def test_what_surely_costs_is_said_over_all_steps():
+    def step(name, value, p):
+        return {"name": name, "difference": {"value": value, "low": 0, "high": 0}, "p": p}
+
+    steps = [
+        step("bad", -0.4, 0.001),
+        step("worse", -0.5, 0.002),
+        step("lucky", -0.1, 0.04),
+        step("better", 0.3, 0.0005),
+        {"name": "other"},
+    ]
+    found = module.surely_worse([*steps, *(step(f"none {i}", 0.0, 1.0) for i in range(6))])
+    assert [point["name"] for point, _ in found] == ["worse", "bad"]
+    assert found[0][1] == pytest.approx(0.002 * 10 / 3)
+    assert module.surely_worse([]) == []
+
+
 def test_there_are_enough_configurations(stranger):
     found = configurations(load(stranger), (0.5, 0.25, 0.125), list(METHODS))
     assert len(found) >= 25
