@@ -43,14 +43,18 @@ def read(source: str | Path) -> Recipe:
 
     Raises RecipeError naming what is wrong, where, and the nearest name.
     """
+    return parse(read_yaml(source), str(source))
+
+
+def read_yaml(source: str | Path) -> Any:
+    """What a YAML file holds. Raises RecipeError for one that cannot be read or is not YAML."""
     path = Path(source)
     try:
-        text = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse(text, str(path))
 
 
 def parse(text: Any, where: str = "recipe") -> Recipe:

@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 from compress import ledger
+from compress.passes import METHODS
 from compress.passes.base import find_change
 from compress.smaller import Smaller
 from probe.errors import LedgerError, LoadError
@@ -143,6 +144,13 @@ def _card(smaller: Smaller, measured: Mapping[str, Any]) -> str:
         lines += [f"  - {_told({k: v for k, v in change.items() if k != 'kind'})}" for change in step.changes[:40]]
         if step.evidence:
             lines.append(f"  - on the evidence of {_told(step.evidence)}")
+    if any(
+        METHODS[c["method"]].text_conditioned for step in smaller.ledger for c in step.changes if c.get("method") in METHODS
+    ):
+        lines += [
+            "",
+            "What stays of a picture is chosen by the question asked of it: show the picture again with the next question.",
+        ]
     if measured:
         lines += ["", "## What it cost", "", *(f"- {name}: {value}" for name, value in measured.items())]
     return "\n".join(lines) + "\n"

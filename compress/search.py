@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from compress.recipe import Recipe, parse
+from compress.recipe import Recipe, parse, read_yaml
 from probe.errors import PassError, RecipeError
 
 _RANGE, _CHOICES = frozenset({"low", "high", "log"}), frozenset({"choices"})
@@ -66,14 +64,7 @@ class Space:
 
 def read_space(source: str | Path) -> Space:
     """A space from a file. Raises RecipeError naming what is wrong and where."""
-    path = Path(source)
-    try:
-        text = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse_space(text, str(path))
+    return parse_space(read_yaml(source), str(source))
 
 
 def parse_space(text: Any, where: str = "space") -> Space:

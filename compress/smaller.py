@@ -8,6 +8,7 @@ from compress.ledger import Step
 from compress.tokens.guards import Reducer
 from compress.tokens.runtime import TokenRuntime
 from probe.anatomy import resolve
+from probe.errors import PassError
 from probe.subject import Subject
 
 
@@ -25,13 +26,14 @@ class Smaller(Subject):
     def of(cls, subject: Subject, in_place: bool = False) -> "Smaller":
         """A subject that passes may change: a copy of its model, or the model itself.
 
-        What is in Smaller already keeps its ledger; its reducers and other attachments cannot be copied with a model, and are
-        made anew on the copy.
+        Raises PassError for one that is compressed already and is to be copied: what hangs on a model cannot be copied with it.
         """
         if isinstance(subject, Smaller):
             if in_place:
                 return subject
-            raise ValueError("a compressed model is compressed further in place, or loaded again")
+            raise PassError(
+                "a compressed model is compressed further in place (in_place=True), or saved and loaded again first"
+            )
         model = subject.model if in_place else copy.deepcopy(subject.model)
         return cls(model, subject.processor, subject.anatomy, subject.name, subject.checks, parents=(subject.name,))
 

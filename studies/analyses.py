@@ -16,7 +16,6 @@ import torch
 
 from probe.alignment import gather_anchors, read_alignment, sides_of
 from probe.analysis.alignment import mean_over_pairs, unit
-from probe.errors import StudyError
 from probe.example import Example
 from probe.likelihood import Method, score_options
 from probe.subject import Subject
@@ -58,12 +57,9 @@ def analyses(
 
     The sizes are those of the study `speed`.
     """
-    from studies.speed_model import example, llava_shaped
+    from studies.speed_model import example, llava_shaped, placed
 
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise StudyError(f"there is no dtype {dtype!r}: name float32, bfloat16 or float16")
-    kind = getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    target, kind = placed(device, dtype)
     sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
              "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
     run = Run.open(out, "analyses", {**sizes, "rounds": rounds, "seed": seed}, {"name": "random"}, SCHEMA)

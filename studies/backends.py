@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 from compress.memory import peak_memory
 from probe.backends import BACKENDS
-from probe.errors import StudyError
 from probe.recorders import Mass, Recorder, Residual, Rows
 from probe.store import Store, StoreWriter
 from probe.subject import Encoded, Subject
@@ -61,12 +60,9 @@ def backends(
     The sizes are those of the study `speed`. Each backend records `resid_post`, `attn_out` and `mlp_out` at every position, the mean
     of `resid_post`, the attention `rows` of the last position and the group masses, in all layers.
     """
-    from studies.speed_model import example, llava_shaped
+    from studies.speed_model import example, llava_shaped, placed
 
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise StudyError(f"there is no dtype {dtype!r}: name float32, bfloat16 or float16")
-    kind = getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    target, kind = placed(device, dtype)
     sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
              "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
     run = Run.open(out, "backends", {**sizes, "rounds": rounds, "seed": seed}, {"name": "random"}, SCHEMA)

@@ -60,12 +60,9 @@ def speed(
     --dtype bfloat16` is a 7B shape. `image_side` is the grid's side in patches, `question` the number of words. `stream` is how many examples of the
     demo's data the memory of a whole study is measured with, against 32 (0 leaves it out).
     """
-    from studies.speed_model import example, llava_shaped
+    from studies.speed_model import example, llava_shaped, placed
 
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise StudyError(f"there is no dtype {dtype!r}: name float32, bfloat16 or float16")
-    kind = getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    target, kind = placed(device, dtype)
     sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
              "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
     run = Run.open(

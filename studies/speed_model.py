@@ -11,10 +11,22 @@ from transformers import (
     LlavaProcessor,
 )
 
+from probe.errors import StudyError
 from probe.example import Example
 from probe.subject import Subject, load
 
 PATCH = 14
+
+
+def placed(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in which numbers to measure: the GPU in bfloat16 where there is one, else the CPU in float32.
+
+    Raises StudyError for a dtype that is none of those.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise StudyError(f"there is no dtype {dtype!r}: name float32, bfloat16 or float16")
+    return target, getattr(torch, dtype) if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
 
 
 def llava_shaped(

@@ -53,9 +53,7 @@ class Pass(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     title: ClassVar[str]
     stage: ClassVar[Stage]
-    physical: ClassVar[bool] = True  # saves compute; a pass that only masks says no
     needs: ClassVar[tuple[str, ...]] = ()  # names of evidence without which there is no plan
-    text_conditioned: ClassVar[bool] = False  # the choice follows the question
     repeatable: ClassVar[bool] = False  # may stand in a recipe twice
 
     @abstractmethod

@@ -8,7 +8,7 @@ picture, compaction, caches and positions, is the runtime's.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -198,11 +198,3 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise PassError(f"there is no token reducer {name!r}{did_you_mean(name, METHODS)}")
     return METHODS[name]
-
-
-def settings_of(method: Method) -> dict[str, Any]:
-    """A method's own settings with their defaults."""
-    import inspect
-
-    found = inspect.signature(method.choose).parameters.values()
-    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}

@@ -97,14 +97,12 @@ def greedy_dpp(kernel: Float[Tensor, "n n"], count: int) -> Int[Tensor, " kept"]
     return chosen.sort().values
 
 
-def aim_merge(seen: Seen, count: int, *, restore_order: bool = True) -> Kept:
+def aim_merge(seen: Seen, count: int) -> Kept:
     """AIM's merging (arXiv 2412.03248): rounds of bipartite matching, the best-matched even token averaged into an odd one.
 
-    Averages are unweighted, as published: a token that stands for several counts as one. What is left stands in order;
-    the published code's scrambled order is what `restore_order=False` would give, and is refused, since positions would lie.
+    Averages are unweighted, as published: a token that stands for several counts as one. What is left stands in order; the
+    published code scrambles it in rounds that do not halve, and positions would lie.
     """
-    if not restore_order:
-        raise PassError("merged tokens in scrambled order would stand at positions that are not theirs: leave restore_order on")
     states, place = seen.states.float(), torch.arange(len(seen), device=seen.states.device)
     while len(states) > count:
         states, place = merge_round(states, place, min(len(states) - count, len(states) // 2))

@@ -14,7 +14,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 Policy = Literal["preserve", "reindex", "rebase", "rebase_grid"]
-POLICIES: tuple[Policy, ...] = ("preserve", "reindex", "rebase", "rebase_grid")
 
 
 def moved(policy: Policy, ids: Int[Tensor, "axis kept"], media: Int[Tensor, " kept"]) -> Int[Tensor, "axis kept"]:

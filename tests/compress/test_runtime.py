@@ -8,10 +8,12 @@ import torch
 from compress.budget import Budget
 from compress.passes.tokens import Tokens
 from compress.recipe import compress
+from compress.reducers.inside import fastv
 from compress.tokens.choice import Kept, best
 from compress.tokens.guards import Reducer
 from compress.tokens.runtime import TokenRuntime
-from probe import load
+from probe import Example, Mass, load, trace
+from probe.errors import PassError
 from probe.tracing import last_logits
 from tests import toys
 
@@ -136,3 +138,79 @@ def test_what_is_drawn_follows_from_the_words_and_not_from_the_batch():
         torch.testing.assert_close(together, apart[order], atol=1e-4, rtol=1e-4)
     other = compress(subject, [Tokens(method="random", budget=Budget(keep=0.25), seed=1)])
     assert (last_logits(other, other.encode(examples)) - apart).abs().max() > 1e-3
+
+
+def test_a_static_cache_is_refused_and_the_model_goes_on(toy):
+    subject = toy("llava")
+    encoded = subject.encode(toys.pair(subject))
+    plain = last_logits(subject, encoded)
+    runtime = TokenRuntime(subject, [reducer(2)])
+    try:
+        with subject.lock, torch.no_grad(), pytest.raises(PassError, match="a static cache has one length for all layers"):
+            subject.model.generate(**encoded.inputs, max_new_tokens=2, cache_implementation="static")
+        assert (last_logits(subject, encoded) - plain).abs().max() > 1e-4  # the next call drops tokens as before
+    finally:
+        runtime.detach()
+    assert torch.equal(last_logits(subject, encoded), plain)
+
+
+def test_a_model_that_chooses_by_attention_is_not_traced_at_the_same_time(toy):
+    subject = toy("llava")
+    encoded = subject.encode(toys.pair(subject))
+    runtime = TokenRuntime(subject, [Reducer(fastv, Budget(keep=0.5), 2, needs=("before",))])
+    try:
+        with pytest.raises(PassError, match="cannot be traced at the same time"):
+            trace(subject, encoded, [Mass()])
+    finally:
+        runtime.detach()
+    assert trace(subject, encoded, [Mass()])["mass"].tensor.isfinite().all()
+
+
+def test_a_window_shorter_than_the_prompt_is_refused(toy):
+    subject = toy("gemma3")  # its windows see eight positions back
+    runtime = TokenRuntime(subject, [reducer(0)])
+    try:
+        with pytest.raises(PassError, match="see 8 positions back, and the prompt has"):
+            last_logits(subject, subject.encode(toys.pair(subject)))
+    finally:
+        runtime.detach()
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "message"),
+    [
+        ("mllama", 0, "are not in the sequence"),
+        ("blip2", 0, "without placeholders"),
+        ("qwen3_5", 0, "mix positions without attention"),
+        ("qwen3_vl", 1, "still adds visual features after layer"),
+        ("llava", 4, "cannot be dropped at layer 4"),
+    ],
+)
+def test_what_cannot_lose_tokens_says_why(toy, family, layer, message):
+    with pytest.raises(PassError, match=message):
+        TokenRuntime(toy(family), [reducer(layer)])
+
+
+def test_layers_that_share_keys_cannot_lose_tokens_in_between(toy, monkeypatch):
+    subject = toy("gemma4")
+    monkeypatch.setattr(subject.config.get_text_config(), "num_kv_shared_layers", 2)
+    with pytest.raises(PassError, match="share keys and values with others"):
+        TokenRuntime(subject, [reducer(0)])
+
+
+def test_pictures_side_by_side_have_quotas_of_their_own(toy):
+    subject = toy("llava")
+    two = Example("two", "<image><image> what color is the ball ?", (toys.picture(seed=1), toys.picture(seed=2)))
+    encoded = subject.encode(two)
+    counts = []
+
+    def counting(seen, count):
+        counts.append((len(seen), count))
+        return drawn(seen, count)
+
+    runtime = TokenRuntime(subject, [Reducer(counting, Budget(keep=0.25))])
+    try:
+        last_logits(subject, encoded)
+    finally:
+        runtime.detach()
+    assert counts == [(16, 4), (16, 4)]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from probe import Example, load, trace
@@ -156,6 +157,23 @@ def test_a_wrong_anatomy_is_caught_by_experiment():
     torch.nn.init.uniform_(model.get_submodule(wrong.final_norm).weight, 2, 3)
     with pytest.raises(AnatomyError, match="'llava' fails the check 'lens'"):
         verify(model, wrong, {"input_ids": torch.tensor([[1, 5, 6, 7]])})
+
+
+def test_a_setting_that_changes_the_readout_is_caught_by_experiment():
+    """Granite divides its logits: a key of its configuration that the lens knows nothing of."""
+    made = {}
+    for scaling in (1.0, 8.0):
+        torch.manual_seed(0)
+        config = transformers.GraniteConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            logits_scaling=scaling,
+        )  # fmt: skip
+        model = transformers.GraniteForCausalLM(config).eval()
+        torch.nn.init.normal_(model.lm_head.weight)
+        made[scaling] = (model, {"input_ids": torch.tensor([[1, 5, 6, 7]])})
+    assert all(check.held for check in verify(made[1.0][0], resolve(made[1.0][0]), made[1.0][1]))
+    with pytest.raises(AnatomyError, match="'granite' fails the check 'lens'"):
+        verify(made[8.0][0], resolve(made[8.0][0]), made[8.0][1])
 
 
 def test_a_model_without_layers_is_refused_with_the_row_to_add():
