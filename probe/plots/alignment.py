@@ -205,7 +205,7 @@ def weights(summary: Summary) -> Pair:
     table = np.array(found["table"], dtype=float)
     short = _short(kinds)
     with styled() as figure_class:
-        figure = figure_class(figsize=(10.0, 0.42 * len(kinds) + 1.7))
+        figure = figure_class(figsize=(10.0, max(3.2, 0.42 * len(kinds) + 1.7)))
         left, right = figure.subplots(1, 2)
         drawn = left.imshow(table, vmin=found["chance"], vmax=1, cmap="Blues")
         for i in range(len(kinds)):
@@ -215,13 +215,11 @@ def weights(summary: Summary) -> Pair:
                     left.text(
                         j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "#222222"
                     )
-        left.set(
-            title=f"Overlap of kept weights (chance {found['chance']:.2f})", xticks=range(len(kinds)), yticks=range(len(kinds))
-        )
+        left.set(title="Overlap of kept weights", xticks=range(len(kinds)), yticks=range(len(kinds)))
         left.set_xticklabels(short, rotation=90)
         left.set_yticklabels(short)
         left.grid(False)
-        figure.colorbar(drawn, ax=left, shrink=0.8, label="IoU")
+        figure.colorbar(drawn, ax=left, shrink=0.8, label=f"IoU (from chance, {found['chance']:.2f})")
         right.plot(layers, curves_.mean(0), marker="o", color=COLOURS[0], label="mean over pairs of kinds")
         right.plot(layers, curves_.min(0), marker="o", linestyle="--", color=COLOURS[1], label="least of them")
         right.axhline(found["chance"], color="#555555", linewidth=1.0, linestyle=":", label="two random masks")
@@ -276,21 +274,42 @@ def _sentence(line: Mapping[str, Any]) -> str:
 
 
 def _scatter(axis: Any, found: Sequence[Mapping[str, Any]], reading: str, skill: str) -> None:
-    for i, member in enumerate(found):
+    for member in found:
         x, y = member[reading], member[skill]
         axis.errorbar(
             x["value"], y["value"], xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
             yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]], fmt="o", color=COLOURS[0], ecolor="#BBBBBB", capsize=2,
         )  # fmt: skip
-        up = 5 if i % 2 == 0 else -11  # neighbours' names do not meet
+    axis.margins(0.2)
+    axis.autoscale_view()
+    _name_points(axis, [(m[reading]["value"], m[skill]["value"], m["name"].removeprefix("demo:")) for m in found])
+
+
+def _name_points(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside points, each where it covers no point and no name before it: right or left of it, then further up or down."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    # Shares of the axis: a letter of 7 points is about 0.017 of it wide, and a line 0.06 high.
+    spots = [((x - left) / (right - left), (y - bottom) / (top - bottom), name) for x, y, name in points]
+    taken = [(u - 0.012, v - 0.02, u + 0.012, v + 0.02) for u, v, _ in spots]
+    for u, v, name in sorted(spots, key=lambda spot: spot[1]):
+        wide, high = 0.017 * len(name) + 0.01, 0.06
+        tries = [
+            (u + 0.02 if side > 0 else u - 0.02 - wide, v + 0.03 + shift * high - high / 2)
+            for shift in (0, -1, 1, -2, 2, -3, 3) for side in (1, -1)
+        ]  # fmt: skip
+        free = [
+            (x, y) for x, y in tries if 0 <= x <= 1 - wide and not any(_meet((x, y, x + wide, y + high), box) for box in taken)
+        ]
+        x, y = free[0] if free else tries[0]
+        taken.append((x, y, x + wide, y + high))
         axis.annotate(
-            member["name"].removeprefix("demo:"),
-            (x["value"], y["value"]),
-            xytext=(5, up),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    axis.margins(0.15)
+            name, (left + u * (right - left), bottom + v * (top - bottom)), xytext=(x, y + high / 2), textcoords="axes fraction", fontsize=7,
+            va="center", arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+        )  # fmt: skip
+
+
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _members_page(
