@@ -309,7 +309,7 @@ def _name_points(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
 
 
 def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
 def _members_page(
