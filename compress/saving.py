@@ -47,7 +47,8 @@ def save(smaller: Smaller, folder: Path | str, measured: Mapping[str, Any] | Non
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        smaller.model.save_pretrained(folder)
+        # what is to be filled in by name is written under the names that modules have, not those of the hub
+        smaller.model.save_pretrained(folder, save_original_format=is_regular(smaller))
         save_processor(smaller.processor, folder)
         ledger.write(folder, smaller.ledger, smaller.parents, is_regular(smaller))
         (folder / CARD).write_text(_card(smaller, measured or {}))

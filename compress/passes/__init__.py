@@ -3,16 +3,34 @@
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
 from compress.passes.methods import METHODS
+from compress.passes.removal import (
+    HideUnits,
+    RemoveExperts,
+    RemoveExpertsEvenly,
+    RemoveHeads,
+    RemoveHeadsEvenly,
+    RemoveNeurons,
+    RemoveNeuronsEvenly,
+)
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
+from compress.passes.width import Width
 
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
+    Width,
     Tokens,
     Pyramid,
     Withdraw,
 )
 CHANGES: tuple[type[Change], ...] = (
     DropLayers,
+    RemoveHeads,
+    RemoveHeadsEvenly,
+    RemoveNeurons,
+    RemoveNeuronsEvenly,
+    RemoveExperts,
+    RemoveExpertsEvenly,
+    HideUnits,
     ReduceTokens,
     WithdrawTokens,
 )
