@@ -12,6 +12,7 @@ from compress import ledger
 from compress.passes import METHODS
 from compress.passes.base import find_change
 from compress.smaller import Smaller
+from probe.anatomy import row_of
 from probe.errors import LedgerError, LoadError
 from probe.loading import load_processor
 from probe.subject import Subject
@@ -108,7 +109,8 @@ def _rebuilt(folder: Path, steps: tuple[ledger.Step, ...], dtype: torch.dtype | 
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForImageTextToText)
     model = architecture._from_config(config)
-    smaller = Smaller.of(open_subject((model, load_processor(str(folder), False, None)), check=False), in_place=True)
+    processor = load_processor(str(folder), False, None, bool(row_of(config).needs))
+    smaller = Smaller.of(open_subject((model, processor), check=False), in_place=True)
     for change in _changes(steps):
         if change.shapes and not change.in_config:
             change.carry_out(smaller)
