@@ -1,6 +1,7 @@
 """Compression methods. Each is a Pass; `PASSES`, `CHANGES` and `METHODS` are the tables that recipes and ledgers speak of."""
 
 from compress.passes.base import Change, Pass
+from compress.passes.experts import Experts
 from compress.passes.layers import DropLayers, RemoveLayers
 from compress.passes.methods import METHODS
 from compress.passes.removal import (
@@ -18,6 +19,7 @@ from compress.passes.width import Width
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
     Width,
+    Experts,
     Tokens,
     Pyramid,
     Withdraw,
