@@ -120,7 +120,9 @@ def left_out() -> dict[str, str]:
             try:
                 kind()
             except ValidationError as error:
-                found[kind.title] = f"needs settings: {', '.join(str(one['loc'][0]) for one in error.errors() if one['loc'])}"
+                found[kind.title] = (
+                    f"needs settings: {', '.join(str(one['loc'][0]) if one['loc'] else one['msg'] for one in error.errors())}"
+                )
     return found
 
 

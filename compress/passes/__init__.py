@@ -3,16 +3,20 @@
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
 from compress.passes.methods import METHODS
+from compress.passes.prune import Prune, PruneWeights, Subnet
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
 
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
+    Prune,
+    Subnet,
     Tokens,
     Pyramid,
     Withdraw,
 )
 CHANGES: tuple[type[Change], ...] = (
     DropLayers,
+    PruneWeights,
     ReduceTokens,
     WithdrawTokens,
 )
