@@ -4,12 +4,23 @@ from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
 from compress.passes.methods import METHODS
 from compress.passes.prune import Prune, PruneWeights, Subnet
+from compress.passes.removal import (
+    HideUnits,
+    RemoveExperts,
+    RemoveExpertsEvenly,
+    RemoveHeads,
+    RemoveHeadsEvenly,
+    RemoveNeurons,
+    RemoveNeuronsEvenly,
+)
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
+from compress.passes.width import Width
 
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
     Prune,
     Subnet,
+    Width,
     Tokens,
     Pyramid,
     Withdraw,
@@ -17,6 +28,13 @@ PASSES: tuple[type[Pass], ...] = (
 CHANGES: tuple[type[Change], ...] = (
     DropLayers,
     PruneWeights,
+    RemoveHeads,
+    RemoveHeadsEvenly,
+    RemoveNeurons,
+    RemoveNeuronsEvenly,
+    RemoveExperts,
+    RemoveExpertsEvenly,
+    HideUnits,
     ReduceTokens,
     WithdrawTokens,
 )
