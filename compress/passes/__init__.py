@@ -2,17 +2,20 @@
 
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
+from compress.passes.masks import MaskAttention, Masks
 from compress.passes.methods import METHODS
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
 
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
+    Masks,
     Tokens,
     Pyramid,
     Withdraw,
 )
 CHANGES: tuple[type[Change], ...] = (
     DropLayers,
+    MaskAttention,
     ReduceTokens,
     WithdrawTokens,
 )
