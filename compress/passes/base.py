@@ -7,7 +7,7 @@ score a plan without applying it; the changes that it gives are data, so that a 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,13 @@ from probe.subject import Subject
 STAGES = ("distil", "layers", "weights", "skips", "masks", "tokens", "quantise")
 Stage = Literal["distil", "layers", "weights", "skips", "masks", "tokens", "quantise"]
 Evidence = Mapping[str, Any]
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A piece of evidence that says itself what a ledger keeps of it."""
+
+    def told(self) -> dict[str, Any]: ...
 
 
 class Change(BaseModel):
@@ -53,12 +60,16 @@ class Pass(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     title: ClassVar[str]
     stage: ClassVar[Stage]
-    needs: ClassVar[tuple[str, ...]] = ()  # names of evidence without which there is no plan
+    needs: ClassVar[tuple[str, ...]] = ()  # names of evidence without which there is no plan, however it is set
     repeatable: ClassVar[bool] = False  # may stand in a recipe twice
 
     @abstractmethod
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         """What would be done. Changes nothing. Raises PassError for what the model lacks."""
+
+    def asks(self) -> tuple[str, ...]:
+        """The evidence that this pass, as it is set, cannot plan without."""
+        return self.needs
 
     def found(self, evidence: Evidence, name: str) -> Any:
         """A piece of evidence. Raises PassError naming where it comes from."""
@@ -80,7 +91,7 @@ def apply(smaller: Smaller, one: Pass, evidence: Evidence | None = None, seed: i
         return smaller
     for change in changes:
         change.carry_out(smaller)
-    note = {name: brief(evidence[name]) for name in one.needs if evidence and name in evidence}
+    note = {name: brief(evidence[name]) for name in one.asks() if evidence and name in evidence}
     versions = {name: version(name) for name in ("sightline", "torch", "transformers")}
     step = Step(one.title, one.model_dump(mode="json"), tuple(change.described() for change in changes), note, seed, versions)
     smaller.ledger = (*smaller.ledger, step)
@@ -91,6 +102,8 @@ def brief(value: Any) -> Any:
     """A piece of evidence as a ledger keeps it: numbers and short lists as they are, the rest by what it is."""
     if isinstance(value, int | float | str | bool | type(None)):
         return value
+    if isinstance(value, Tells):
+        return value.told()
     if isinstance(value, list | tuple) and len(value) <= 256 and all(isinstance(v, int | float | str) for v in value):
         return list(value)
     if isinstance(value, Mapping):
