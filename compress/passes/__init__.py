@@ -2,6 +2,7 @@
 
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
+from compress.passes.learned import Distilled
 from compress.passes.masks import MaskAttention, Masks
 from compress.passes.methods import METHODS
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
@@ -14,6 +15,7 @@ PASSES: tuple[type[Pass], ...] = (
     Withdraw,
 )
 CHANGES: tuple[type[Change], ...] = (
+    Distilled,
     DropLayers,
     MaskAttention,
     ReduceTokens,
