@@ -30,6 +30,13 @@ class Skips(Protocol):
     def ran(self, layer: int, ran: Ran, text: int, visual: int) -> Ran: ...
 
 
+@runtime_checkable
+class Masked(Protocol):
+    """What hangs on a model and changes who looks at whom says so here: the pairs that it leaves where `layer` runs everything."""
+
+    def seen(self, layer: int, ran: Ran, encoded: Encoded) -> Ran: ...
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one prompt and of the first token after it.
@@ -157,6 +164,8 @@ def tokens_run(subject: Subject, encoded: Encoded) -> list[Ran]:
         for hung in _attached(subject):
             if isinstance(hung, Skips):
                 one = hung.ran(layer, one, text, visual)
+            if isinstance(hung, Masked):
+                one = hung.seen(layer, one, encoded)
         ran.append(one)
     return ran
 

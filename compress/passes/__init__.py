@@ -2,6 +2,8 @@
 
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
+from compress.passes.learned import Distilled
+from compress.passes.masks import MaskAttention, Masks
 from compress.passes.methods import METHODS
 from compress.passes.prune import Prune, PruneWeights, Subnet
 from compress.passes.removal import (
@@ -21,11 +23,13 @@ PASSES: tuple[type[Pass], ...] = (
     Prune,
     Subnet,
     Width,
+    Masks,
     Tokens,
     Pyramid,
     Withdraw,
 )
 CHANGES: tuple[type[Change], ...] = (
+    Distilled,
     DropLayers,
     PruneWeights,
     RemoveHeads,
@@ -35,6 +39,7 @@ CHANGES: tuple[type[Change], ...] = (
     RemoveExperts,
     RemoveExpertsEvenly,
     HideUnits,
+    MaskAttention,
     ReduceTokens,
     WithdrawTokens,
 )
