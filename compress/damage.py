@@ -60,7 +60,9 @@ def _one(subject: Subject, encoded: Encoded, kinds: Sequence[str]) -> dict[str, 
         for layer in range(subject.n_layers) if len(at) else ():
             state = entered[layer][torch.from_numpy(at).to(entered[layer].device)]
             patches.append(
-                Patch("mlp_out", layer, at.tolist(), torch.zeros_like(state)) if kind == "ffn" else Patch("resid_post", layer, at.tolist(), state)
+                Patch("mlp_out", layer, at.tolist(), torch.zeros_like(state))
+                if kind == "ffn"
+                else Patch("resid_post", layer, at.tolist(), state)
             )
     try:
         swept = sweep(subject, encoded, patches)

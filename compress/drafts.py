@@ -106,7 +106,9 @@ def tokens_at(draft: Draft, n: int, layer: int) -> int:
     if isinstance(step, Tokens):
         return step.budget.count(n) if layer >= (step.layer or 0) else n
     if isinstance(step, Pyramid):
-        kept = [Budget(keep=k, rounding=step.rounding).count(n) for at, k in zip(step.at, step.keep, strict=True) if at <= layer]
+        kept = [
+            Budget(keep=k, rounding=step.rounding).count(n) for at, k in zip(step.at, step.keep, strict=True) if at <= layer
+        ]
         return min([n, *kept])
     return n
 

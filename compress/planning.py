@@ -18,6 +18,7 @@ from compress.measure import encode_all
 from compress.passes.base import Evidence
 from compress.prices import Interval, Price, Prices, interval, prices
 from compress.recipe import Recipe
+from compress.rivals import rivals
 from probe.errors import PassError
 from probe.example import Example
 from probe.subject import Encoded, Subject
@@ -67,6 +68,7 @@ class Plan:
     choices: tuple[Choice, ...]
     budget: float
     tried: tuple[Tried, ...]
+    rivals: tuple[Recipe, ...]  # the same budget met without evidence
     evidence: Evidence = field(repr=False)
     notes: tuple[str, ...] = ()
 
@@ -74,7 +76,7 @@ class Plan:
         """As JSON."""
         return {
             "budget": self.budget, "recipe": self.recipe.dumped(), "choices": [vars(one) for one in self.choices],
-            "tried": [vars(one) for one in self.tried], "notes": list(self.notes),
+            "tried": [vars(one) for one in self.tried], "rivals": {one.name: one.dumped() for one in self.rivals}, "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -103,7 +105,16 @@ def plan(
     )
     recipe = Recipe(tuple(steps(draft, subject.n_layers)), "evidence-plan", about, seed)
     every = tuple(sorted((one for one, _ in tried), key=lambda one: one.measured[0]))
-    return Plan(recipe, _choices(draft, priced, count, subject.n_layers), budget, every, priced.evidence, (*priced.notes, *notes))
+    others = rivals(draft, priced.of, count, subject.n_layers, budget, seed)
+    return Plan(
+        recipe,
+        _choices(draft, priced, count, subject.n_layers),
+        budget,
+        every,
+        others,
+        priced.evidence,
+        (*priced.notes, *notes),
+    )
 
 
 def _drawn(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -167,4 +178,9 @@ def _choice(price: Price, priced: Prices, saves: float) -> Choice:
     else:
         what = WHAT[price.kind].format(layer=price.layer)
     value, low, high = price.damage
-    return Choice(what, f"{WHY[price.kind]} {value:.3g} nats [{low:.3g}, {high:.3g}], rank {rank} of {len(others)} {of}", price.damage, saves)
+    return Choice(
+        what,
+        f"{WHY[price.kind]} {value:.3g} nats [{low:.3g}, {high:.3g}], rank {rank} of {len(others)} {of}",
+        price.damage,
+        saves,
+    )

@@ -19,7 +19,12 @@ from probe.example import Example
 from probe.subject import Encoded, Subject
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
-BEFORE = ("divprune", "visionzip", "pooling", "uniform")  # methods before the decoder that are priced, where the model has what they need
+BEFORE = (
+    "divprune",
+    "visionzip",
+    "pooling",
+    "uniform",
+)  # methods before the decoder that are priced, where the model has what they need
 INSIDE = (0.125, 0.25, 0.5)  # shares of the depth at which tokens are dropped by the attention of the last word
 Interval = tuple[float, float, float]  # mean over examples, and the ends of its 95 % bootstrap interval; nats
 

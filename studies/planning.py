@@ -64,7 +64,9 @@ def _finished(folder: Path, fingerprint: str) -> tuple[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise StudyError(f"{folder} is no finished run: it has no run.json and summary.json that can be read") from error
     if told.get("subject", {}).get("fingerprint") != fingerprint:
-        raise StudyError(f"{folder} is a run of another model ({told.get('subject', {}).get('name')}): plans rest on runs of the same one")
+        raise StudyError(
+            f"{folder} is a run of another model ({told.get('subject', {}).get('name')}): plans rest on runs of the same one"
+        )
     return str(told.get("study")), summary
 
 
@@ -109,7 +111,9 @@ def told(made: Plan) -> list[str]:
     ]  # fmt: skip
     for one in made.tried:
         value, low, high = one.measured
-        lines.append(f"| {', '.join(one.kinds)} | {one.predicted:.3g} | {value:.3g} [{low:.3g}, {high:.3g}] | {one.flops_ratio:.1%} |")
+        lines.append(
+            f"| {', '.join(one.kinds)} | {one.predicted:.3g} | {value:.3g} [{low:.3g}, {high:.3g}] | {one.flops_ratio:.1%} |"
+        )
     if made.notes:
         lines += ["", "Not allowed on this model:", "", *(f"- {note}" for note in made.notes)]
     return lines
