@@ -15,6 +15,7 @@ from compress.passes.removal import (
     RemoveNeurons,
     RemoveNeuronsEvenly,
 )
+from compress.passes.skips import Composite, ShortV, Skip, SkipRows
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
 from compress.passes.width import Width
 
@@ -24,6 +25,9 @@ PASSES: tuple[type[Pass], ...] = (
     Subnet,
     Width,
     Masks,
+    Skip,
+    ShortV,
+    Composite,
     Tokens,
     Pyramid,
     Withdraw,
@@ -40,6 +44,7 @@ CHANGES: tuple[type[Change], ...] = (
     RemoveExpertsEvenly,
     HideUnits,
     MaskAttention,
+    SkipRows,
     ReduceTokens,
     WithdrawTokens,
 )
