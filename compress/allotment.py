@@ -21,14 +21,14 @@ def even(scores: Scores, share: float, multiple: int = 1) -> Gone:
     return {layer: _lowest(one, _left(len(one), int(share * len(one) + 1e-9), multiple)) for layer, one in scores.items()}
 
 
-def over_layers(scores: Scores, share: float, multiple: int = 1) -> Gone:
-    """int(share * n) of the n units of all layers, with at least a multiple left in each; then every layer is rounded as in `even`."""
+def over_layers(scores: Scores, share: float, multiple: int = 1, least: int = 1) -> Gone:
+    """int(share * n) of the n units of all layers, with at least a multiple (or `least`) left in each; each layer is rounded as in `even`."""
     wanted = int(share * sum(map(len, scores.values())) + 1e-9)
     counts = dict.fromkeys(scores, 0)
     for _, layer in _ascending(scores):
         if not wanted:
             break
-        if counts[layer] < len(scores[layer]) - min(multiple, len(scores[layer])):
+        if counts[layer] < len(scores[layer]) - min(max(multiple, least), len(scores[layer])):
             counts[layer] += 1
             wanted -= 1
     return {layer: _lowest(one, _left(len(one), counts[layer], multiple)) for layer, one in scores.items()}

@@ -119,7 +119,7 @@ def units_of(subject: Subject, kind: Kind) -> tuple[dict[int, Units], dict[int, 
     Raises PassError for a model whose layers share keys and values, when heads are asked for.
     """
     config: Any = subject.config.get_text_config()
-    if kind == "heads" and getattr(config, "num_kv_shared_layers", 0):
+    if kind == "heads" and getattr(config, "num_kv_shared_layers", None):
         raise PassError(
             f"layers of this {subject.anatomy.family} share keys and values: heads cannot be removed from one of them"
         )

@@ -1,6 +1,7 @@
 """Compression methods. Each is a Pass; `PASSES`, `CHANGES` and `METHODS` are the tables that recipes and ledgers speak of."""
 
 from compress.passes.base import Change, Pass
+from compress.passes.experts import Experts
 from compress.passes.layers import DropLayers, RemoveLayers
 from compress.passes.learned import Distilled
 from compress.passes.masks import MaskAttention, Masks
@@ -28,6 +29,7 @@ PASSES: tuple[type[Pass], ...] = (
     Skip,
     ShortV,
     Composite,
+    Experts,
     Tokens,
     Pyramid,
     Withdraw,

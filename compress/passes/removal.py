@@ -22,7 +22,7 @@ from probe.subject import Subject
 
 
 class RemoveUnits(Change):
-    """Units of one kind, by layer and number, that are gone. `biased` layers have a bias in place of what those units gave on the mean.
+    """Units of one kind, by layer and number, that are gone. The readers of `biased` layers have got a bias.
 
     `skipped` says why other layers keep all of theirs.
     """
@@ -39,8 +39,10 @@ class RemoveUnits(Change):
     def carry_out(self, smaller: Smaller) -> None:
         found = chosen(smaller, self.of, self.units)
         for layer, (units, gone) in found.items():
-            if layer in self.biased:
-                _compensate(units, gone, self._means.get(layer))
+            if layer in self.biased and units.reader.bias is None:
+                units.reader.bias = nn.Parameter(units.reader.weight.detach().new_zeros(units.reader.out_features))
+            if layer in self._means:
+                _compensate(units, gone, self._means[layer])
             units.keep([i for i in range(units.count) if i not in set(gone)])
         if self.in_config:
             config = smaller.config.get_text_config()
@@ -142,32 +144,31 @@ def chosen(subject: Subject, kind: Kind, asked: Mapping[int, Sequence[int]]) -> 
     return {layer: (found[layer], sorted(set(gone))) for layer, gone in asked.items() if gone}
 
 
-def _compensate(units: Units, gone: Sequence[int], means: Tensor | None) -> None:
-    """The reader's bias takes the place of what the removed units gave it on the mean (FLAP, arXiv 2312.11983: b = W (mean * removed))."""
-    reader = units.reader
-    if reader.bias is None:
-        reader.bias = nn.Parameter(reader.weight.new_zeros(reader.out_features), requires_grad=reader.weight.requires_grad)
-    if means is None:
-        return
-    columns = units.columns(gone)
-    given = reader.weight.detach().float()[:, columns.to(reader.weight.device)] @ means[columns].to(
-        reader.weight.device, torch.float32
-    )
+def _compensate(units: Units, gone: Sequence[int], means: Tensor) -> None:
+    """The reader's bias takes the place of what the removed units gave it on the mean (FLAP, arXiv 2312.11983, eq. 3)."""
+    weight, columns = units.reader.weight.detach(), units.columns(gone)
+    given = weight[:, columns.to(weight.device)].double() @ means[columns].to(weight.device).double()
     with torch.no_grad():
-        reader.bias.add_(given.to(reader.bias.dtype))
+        units.reader.bias.add_(given.to(weight.dtype))
 
 
 # --- what a configuration can say ------------------------------------------------------------------------------------
 
 
-def removal(subject: Subject, kind: Kind, units: Mapping[int, Sequence[int]], biased: Sequence[int] = ()) -> RemoveUnits:
-    """The change that removes these units, told to the configuration where that can be."""
+def removal(
+    subject: Subject, kind: Kind, units: Mapping[int, Sequence[int]], means: Mapping[int, Tensor] | None = None
+) -> RemoveUnits:  # fmt: skip
+    """The change that removes these units, told to the configuration where that can be.
+
+    `means` (by layer, the mean input of each reader) are what the removed units are made up for by.
+    """
     found, skipped = parts_of(subject, kind)
-    left = {layer: one.count - len(set(units.get(layer, ()))) for layer, one in found.items()}
+    data = {layer: tuple(sorted(set(gone))) for layer, gone in sorted(units.items()) if gone}
+    biased = tuple(layer for layer in data if means and found[layer].reader.bias is None)
+    left = {layer: one.count - len(data.get(layer, ())) for layer, one in found.items()}
     alike = not skipped and not biased and len({(left[layer], *one.form) for layer, one in found.items()}) == 1
     known = alike and config_says(subject, kind, left[0], found[0])
-    data = {layer: tuple(sorted(set(gone))) for layer, gone in sorted(units.items()) if gone}
-    return _CHANGES[kind][known](units=data, biased=tuple(sorted(biased)), skipped=skipped)
+    return _CHANGES[kind][known](units=data, biased=biased, skipped=skipped).with_means(means or {})
 
 
 _CHANGES: dict[Kind, tuple[type[RemoveUnits], type[RemoveUnits]]] = {

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from compress import allotment, width_scores
 from compress.passes.base import Change, Evidence, Pass, Stage
 from compress.passes.removal import HideUnits, removal
+from compress.statistics import Moments
 from compress.structure import UNIT, Kind, Units, units_of
 from probe.errors import PassError
 from probe.subject import Subject
@@ -46,11 +45,14 @@ class Width(Pass):
         parts = {kind: _units(subject, kind) for kind, share in self._shares().items() if share}
         if not parts:
             return []
-        scores = {kind: self._scores(found) for kind, found in parts.items()}
-        gone = self._gone(parts, scores)
+        moments = self._moments(subject, parts, evidence)
+        gone = self._gone(parts, self._scores(subject, parts, moments, evidence))
         if self.simulated:
-            return [HideUnits(of=kind, units=_without_none(units)) for kind, units in gone.items() if _without_none(units)]
-        return [removal(subject, kind, units) for kind, units in gone.items() if _without_none(units)]
+            return [HideUnits(of=kind, units=units) for kind, units in gone.items() if units]
+        means = {kind: {layer: one.mean.cpu() for layer, one in each.items()} for kind, each in moments.items()}
+        return [
+            removal(subject, kind, units, means[kind] if self.compensate else None) for kind, units in gone.items() if units
+        ]
 
     def _shares(self) -> dict[Kind, float]:
         return {"heads": self.heads or self.share, "neurons": self.neurons or self.share}
@@ -70,19 +72,30 @@ class Width(Pass):
         if self.simulated and self.compensate:
             raise PassError("a simulated width hides units and gives no bias: leave compensate out")
 
-    def _scores(self, found: Mapping[int, Units]) -> dict[int, Tensor]:
-        if self.score == "magnitude":
-            return width_scores.magnitude(found)
-        return width_scores.at_random(found, self.seed)
+    def _moments(self, subject: Subject, parts: Parts, evidence: Evidence) -> dict[Kind, dict[int, Moments]]:
+        if self.score != "flap" and not self.compensate:
+            return {}
+        return width_scores.entering(subject, parts, self.found(evidence, "calibration"))
 
-    def _gone(self, parts: Parts, scores: Mapping[Kind, Mapping[int, Tensor]]) -> dict[Kind, allotment.Gone]:
+    def _scores(
+        self, subject: Subject, parts: Parts, moments: Mapping[Kind, Mapping[int, Moments]], evidence: Evidence
+    ) -> dict[Kind, width_scores.Scores]:  # fmt: skip
+        if self.score == "taylor":
+            return width_scores.taylor(subject, parts, self.found(evidence, "calibration"))
+        if self.score == "flap":
+            return {kind: width_scores.flap(found, moments[kind]) for kind, found in parts.items()}
+        if self.score == "magnitude":
+            return {kind: width_scores.magnitude(found) for kind, found in parts.items()}
+        return {kind: width_scores.at_random(found, self.seed) for kind, found in parts.items()}
+
+    def _gone(self, parts: Parts, scores: Mapping[Kind, width_scores.Scores]) -> dict[Kind, allotment.Gone]:
         multiples = {kind: self.round_to if kind == "neurons" else 1 for kind in parts}
         if self.share:
             found = allotment.jointly(list(scores.values()), list(parts.values()), self.share, list(multiples.values()))
             gone = dict(zip(parts, found, strict=True))
             if not any(units for each in gone.values() for units in each.values()):
                 raise PassError(f"a share of {self.share:g} is less than one unit: nothing would be removed, ask for more")
-            return gone
+            return {kind: _without_none(each) for kind, each in gone.items()}
         choose = allotment.even if self.allocation == "uniform" else allotment.over_layers
         gone = {kind: choose(scores[kind], self._shares()[kind], multiples[kind]) for kind in parts}
         for kind, each in gone.items():
@@ -92,7 +105,7 @@ class Width(Pass):
                 raise PassError(
                     f"{self._shares()[kind]:g} of {max(counts)} {UNIT[kind]}s in a layer is less than one{at_least}: ask for more, or for none"
                 )
-        return gone
+        return {kind: _without_none(each) for kind, each in gone.items()}
 
 
 def _units(subject: Subject, kind: Kind) -> dict[int, Units]:
