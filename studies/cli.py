@@ -134,10 +134,12 @@ def models(
             subject = _load(check, device, dtype, device_map, trust_remote_code)
             _say(_checked(subject), as_json, lambda: _checks_as_text(subject))
             return
+        from compress.support import support as passes
         from probe.anatomy.support import support
 
-        table = support()
-        _say(table, as_json, lambda: _table_as_text(table))
+        found = {row["family"]: row["passes"] for row in passes()}
+        table = [{**row, "passes": found.get(row["family"], {})} for row in support()]
+        _say(table, as_json, lambda: f"{_table_as_text(table)}\n\n{_passes_as_text(table)}")
 
 
 def _checked(subject: "Subject") -> dict[str, Any]:
@@ -172,6 +174,18 @@ def _table_as_text(table: list[dict[str, Any]]) -> str:
     ]
     rest = "Any other family goes through the resolver, or is refused by name with the row to add."
     return "\n".join([*rows, "", *notes, "", rest])
+
+
+def _passes_as_text(table: list[dict[str, Any]]) -> str:
+    """Passes by family, each family by a letter."""
+    rows = [row for row in table if row["passes"]]
+    letters = "abcdefghijklmnopqrstuvwxyz"[: len(rows)]
+    short = {"pass": "yes", "not applicable": "-", "refused": "no"}
+    lines = [f"{'pass':<34}" + "".join(f"{letter:<5}" for letter in letters)]
+    for name in rows[0]["passes"]:
+        lines.append(f"{name:<34}" + "".join(f"{short[row['passes'][name].split(':')[0]]:<5}" for row in rows))
+    names = ", ".join(f"{letter} {row['family']}" for letter, row in zip(letters, rows, strict=True))
+    return "\n".join([*lines, "", names, "The reasons are in docs/compress/families.md, and in --json."])
 
 
 @app.command()
