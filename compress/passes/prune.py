@@ -116,6 +116,10 @@ class Prune(Targeted):
     allocation: Rule = "uniform"
     side: Side | None = None  # None: that of the calibration
 
+    def asks(self) -> tuple[str, ...]:
+        """Magnitudes need no examples, unless layers are told apart by some."""
+        return () if self.method == "magnitude" and self.allocation == "uniform" else self.needs
+
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         pattern = self.pattern
         maps = targeted(subject, self.targets)
@@ -123,7 +127,7 @@ class Prune(Targeted):
             return []
         if pattern.of and self.allocation != "uniform":
             raise PassError(f"{self.n_of_m} takes the same share of every layer: leave allocation out, or set a sparsity")
-        if self.method == "magnitude" and self.allocation == "uniform":
+        if not self.asks():
             made = {name: _only(module, magnitude(module.weight.detach(), pattern)) for name, module in maps.items()}
             return [PruneWeights.of(_checked(made, maps, dict.fromkeys(maps, pattern), whole=True))]
         calibration: Calibration = self.found(evidence, "calibration")
