@@ -55,11 +55,13 @@ def withdrawal_kl(subject: Subject, examples: Sequence[Example], seed: int) -> E
 
 
 def calibration(subject: Subject, examples: Sequence[Example], seed: int) -> Evidence:
-    """`calibration`: the examples themselves, with their answers, for passes over weights to go through layer by layer."""
+    """`calibration`: the examples, with their answers, all tokens of which count."""
     return {"calibration": Calibration(tuple(examples))}
 
 
-SOURCES: dict[str, Source] = {"layer_scores": layer_scores, "withdrawal_kl": withdrawal_kl, "calibration": calibration}
+SOURCES: dict[str, Source] = {
+    "layer_scores": layer_scores, "withdrawal_kl": withdrawal_kl, "calibration": calibration,
+}  # fmt: skip
 
 
 def gather(subject: Subject, examples: Sequence[Example], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
