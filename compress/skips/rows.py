@@ -14,23 +14,23 @@ from probe.errors import PassError
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the words and where the visual tokens of each example stand; -1 first where an example has fewer than others."""
+    """Where the rows that run and those that rest stand in each example; -1 first where an example has fewer than others."""
 
-    text: Index
-    visual: Index
+    running: Index
+    resting: Index
 
     @classmethod
-    def of(cls, visual: Bool[Tensor, "batch position"]) -> "Rows":
-        return cls(masks.left_over(~visual), masks.left_over(visual))
+    def of(cls, resting: Bool[Tensor, "batch position"]) -> "Rows":
+        return cls(masks.left_over(~resting), masks.left_over(resting))
 
     @property
     def alike(self) -> bool:
-        """Whether every example has them at the same places."""
-        return bool((self.text == self.text[:1]).all()) and bool((self.text >= 0).all())
+        """Whether every example's running rows are at the same places."""
+        return bool((self.running == self.running[:1]).all()) and bool((self.running >= 0).all())
 
     def segments(self) -> list[tuple[int, int]]:
-        """The runs of words of the first example: (start, stop)."""
-        places = self.text[0]
+        """The runs of running rows of the first example: (start, stop)."""
+        places = self.running[0]
         cuts = (torch.nonzero(places[1:] != places[:-1] + 1)[:, 0] + 1).tolist()
         return [(int(run[0]), int(run[-1]) + 1) for run in torch.tensor_split(places, cuts)]
 
@@ -79,8 +79,8 @@ class Joined:
 
     def __init__(self, cache: Any, silent: tuple[Tensor, Tensor], rows: Rows, length: int) -> None:
         self.cache = cache
-        self.keys, self.values = (_among(part, rows.visual, length) for part in silent)
-        self.index: Index = rows.text
+        self.keys, self.values = (_among(part, rows.resting, length) for part in silent)
+        self.index: Index = rows.running
         self.stop: int | None = None
 
     def update(self, keys: Tensor, values: Tensor, *layer: Any, **more: Any) -> tuple[Tensor, Tensor]:

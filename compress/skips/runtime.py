@@ -77,18 +77,20 @@ class SkipRuntime:
                 return ran
             keys = ran.keys if rule.query or rule.when == "prompt" or layer in self.telling else 0
             return Ran(ran.queries * rule.query, keys, ran.ffn * rule.ffn, ran.pairs if rule.query else 0)
-        fed = text + visual if rule.ffn else text
+        running, resting = (text, visual) if rule.rows == "perceptual" else (visual, text)
+        fed = text + visual if rule.ffn else running
         if rule.query:
             return replace(ran, ffn=fed)
-        seen = visual if rule.kv else 0
-        return Ran(text, text + seen, fed, text * seen + text * (text + 1) / 2)
+        seen = visual if rule.kv and rule.rows == "perceptual" else 0
+        return Ran(running, running + resting * rule.kv, fed, running * seen + running * (running + 1) / 2)
 
     def ran_next(self, layer: int) -> Ran | None:
         """What a layer runs of one token after the prompt; None for all of it."""
         rule = self.rule
-        if layer not in self.layers or rule.simulated or rule.rows != "all" or rule.when == "prompt":
+        if layer not in self.layers or rule.simulated or rule.rows == "perceptual" or rule.when == "prompt":
             return None
-        return Ran(int(rule.query), int(rule.query or layer in self.telling), int(rule.ffn))
+        kept = rule.query or rule.rows == "text" or layer in self.telling
+        return Ran(int(rule.query), int(kept), int(rule.ffn))
 
     # --- a call of the whole model ---
 
@@ -133,15 +135,19 @@ class SkipRuntime:
             return block.run(state, kwargs)
         if rule.rows == "all":
             return self._all(layer, block, state, kwargs)
+        if not current.prompt and rule.rows == "text":
+            return self._all(layer, block, state, kwargs)
         if not current.prompt:
             return block.run(state, self._without_visual_keys(layer, kwargs, state))
         visual, real = self._now(current)
-        if not bool(visual.any()):
+        resting = visual if rule.rows == "perceptual" else ~visual
+        if bool(resting.all()):
+            return self._all(layer, block, state, kwargs)
+        if not bool(resting.any()):
             return block.run(state, kwargs)
-        if rule.parallel or rule.query or self._simulates(layer):
-            return self._in_place(layer, block, state, kwargs, visual)
-        rows = Rows.of(visual)
-        found, output = self._words(layer, block, state, kwargs, rows, real)
+        if rule.query or self._simulates(layer):
+            return self._in_place(layer, block, state, kwargs, resting)
+        found, output = self._apart(layer, block, state, kwargs, Rows.of(resting), real)
         return with_state(output, found)
 
     def _simulates(self, layer: int) -> bool:
@@ -178,7 +184,8 @@ class SkipRuntime:
         if rule.query or self._simulates(layer):
             return self._in_place(layer, block, state, kwargs, everywhere)
         prompt = self.current is not None and self.current.prompt
-        kept = layer in self.telling or (rule.when == "prompt" and prompt)  # else nobody ever looks at these keys
+        read = rule.rows == "text" or (rule.when == "prompt" and prompt)
+        kept = layer in self.telling or read  # else nobody ever looks at these keys
         cache = kwargs.get("past_key_values")
         attention = block.only_keys(cache)[0] if kept and cache is not None else silent
         return self._split(block, state, kwargs, attention, everywhere)
@@ -250,22 +257,22 @@ class SkipRuntime:
             for handle in handles:
                 handle.remove()
 
-    # --- words alone ---
+    # --- the rows that run by themselves ---
 
-    def _words(
+    def _apart(
         self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any], rows: Rows, real: Tensor
     ) -> tuple[Tensor, Any]:
-        """The words through the layer, the visual rows past what they do without: the new state, and what the layer gave."""
+        """The running rows through the layer, the others past what they do without: the new state, and what the layer gave."""
         cache, mask, length = kwargs.get("past_key_values"), kwargs.get("attention_mask"), state.shape[1]
-        own = picked_arguments({**kwargs, "attention_mask": None, "past_key_values": None}, rows.visual, length)
-        beside, keys = self._beside(block, masks.gathered(state, rows.visual), own)
-        whole = put(state.clone(), rows.visual, beside)
+        own = picked_arguments({**kwargs, "attention_mask": None, "past_key_values": None}, rows.resting, length)
+        beside, keys = self._beside(block, masks.gathered(state, rows.resting), own)
+        whole = put(state.clone(), rows.resting, beside)
         if not self.rule.kv:
             assert self.current is not None
-            self.current.left[layer] = masks.picked(real, rows.text)
-            given = {**picked_arguments(kwargs, rows.text, length), "attention_mask": masks.compact(mask, rows.text)}
-            output = block.run(masks.gathered(state, rows.text), given)
-            return put(whole, rows.text, state_of(output)), output
+            self.current.left[layer] = masks.picked(real, rows.running)
+            given = {**picked_arguments(kwargs, rows.running, length), "attention_mask": masks.compact(mask, rows.running)}
+            output = block.run(masks.gathered(state, rows.running), given)
+            return put(whole, rows.running, state_of(output)), output
         assert keys is not None
         joined = Joined(cache, keys, rows, length)
         kernel = (self.smaller.decoder.config._attn_implementation or "").removeprefix(PREFIX)
@@ -280,7 +287,7 @@ class SkipRuntime:
     def _beside(
         self, block: Block, state: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
-        """Visual rows that do not attend: what becomes of them, and their keys and values, if they have any."""
+        """Rows that do not attend: what becomes of them, and their keys and values, if they have any."""
         rule, everywhere = self.rule, torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
         if not rule.ffn and not rule.kv:
             return state, None
@@ -315,17 +322,17 @@ class SkipRuntime:
 
 def _calls(rows: Rows, mask: Any, length: int, kernel: str) -> list[tuple[Tensor, int | None, Any]]:
     """The calls in which the words run: their rows, where the keys that they see end (None: at the end), and their mask."""
-    if mask is None and rows.alike and int(rows.text[0, -1]) == length - 1:
+    if mask is None and rows.alike and int(rows.running[0, -1]) == length - 1:
         runs = rows.segments()
         if "flash" in kernel or (kernel == "sdpa" and len(runs) <= 2):
             return [
                 (
-                    torch.arange(start, stop, device=rows.text.device).expand(len(rows.text), -1),
+                    torch.arange(start, stop, device=rows.running.device).expand(len(rows.running), -1),
                     None if stop == length else stop, _aligned(stop - start, stop, kernel),
                 )
                 for start, stop in runs
             ]  # fmt: skip
-    return [(rows.text, None, mask_of(mask, rows.text, length))]
+    return [(rows.running, None, mask_of(mask, rows.running, length))]
 
 
 def _aligned(query: int, keys: int, kernel: str) -> Any:
