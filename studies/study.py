@@ -55,6 +55,9 @@ STUDIES: dict[str, tuple[str, str]] = {
     "tradeoffs": (
         "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
     ),
+    "layer-skipping": (
+        "studies.layer_skipping", "Which layers do visual tokens need, which do words, and does a score tell before one tries?",
+    ),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),
