@@ -78,7 +78,7 @@ def _saved(summary: Summary) -> list[tuple[str, list[Line]]]:
             ("FLOPs of reading a prompt, counted", _from_zero({"mean": found["flops_ratio"]}, 1.0), COLOURS[0], False),
             ("keys and values", _from_zero({"mean": found["kv_ratio"]}, 1.0), COLOURS[2], True),
         ]
-        if found["prefill"]["mean"][0] is not None:
+        if any(value is not None for value in found["prefill"]["mean"]):
             bounded = all(value is not None for value in found["prefill"]["low"])
             times = found["prefill"] if bounded else {"mean": found["prefill"]["mean"]}
             lines.append(("time of reading a prompt, measured", _from_zero(times, 1.0), COLOURS[1], False))
@@ -125,7 +125,7 @@ def _answers(summary: Summary) -> list[str]:
         for mode, curve in found.items():
             hurt = [i for i, q in enumerate(curve["q"]) if q is not None and q < 0.05 and curve["difference"]["mean"][i] < 0]
             told = f"layers {', '.join(map(str, hurt))} surely cost accuracy" if hurt else "no layer surely costs accuracy"
-            worst = int(np.argmin(np.array(curve["difference"]["mean"], dtype=float)))
+            worst = int(np.nanargmin(np.array(curve["difference"]["mean"], dtype=float)))
             lines.append(
                 f"- **{ROWS[rows]}, {MODES[mode]}**, one layer at a time: {told} (McNemar, false discovery rate 5 % over layers); the most at layer {worst}: "
                 f"{_change(curve['difference'], worst)}."
@@ -193,6 +193,8 @@ def _savings(summary: Summary) -> list[str]:
     for rows in ("perceptual", "all"):
         found = summary["contrast"].get(rows)
         for i, size in enumerate(summary["sizes"] if found else []):
+            if found["accuracy"][i] is None:
+                continue
             time = found["prefill"]["mean"][i]
             low, high = found["prefill"]["low"][i], found["prefill"]["high"][i]
             told = "-" if time is None else f"x {time:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
