@@ -58,6 +58,8 @@ STUDIES: dict[str, tuple[str, str]] = {
     "layer-skipping": (
         "studies.layer_skipping", "Which layers do visual tokens need, which do words, and does a score tell before one tries?",
     ),
+    "before-after": ("studies.before_after", "What does compression change inside a model?"),
+    "masks": ("studies.masks", "What does each attention mask do to a model that was trained without it?"),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),

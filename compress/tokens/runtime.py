@@ -50,6 +50,7 @@ class TokenRuntime:
         refuse(subject, self.reducers)
         self.reading: _Pass | None = None
         self.past: Prompt | None = None
+        self.read: Prompt | None = None  # the prompt that was read last, and what was left of it
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
         self.asking: list[Call] | None = None  # while a layer is asked which attention it would compute
         self.handles: list[Any] = []
@@ -59,7 +60,11 @@ class TokenRuntime:
 
     def attach(self) -> None:
         model, decoder = self.subject.model, self.subject.decoder
+        records = {need for reducer in self.reducers for need in reducer.needs} - {"before", "here"}
+        if records:  # `generate` runs the tower before it calls the model: what is recorded waits for the prompt
+            self.tower = Tower(self.subject, records)  # first, since it may refuse, and then nothing must hang on the model
         self.handles = [
+            *(self.tower.handles if self.tower else []),
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
@@ -69,10 +74,6 @@ class TokenRuntime:
         if self.subject.anatomy.vision:
             tower = model.get_submodule(self.subject.anatomy.vision)
             self.handles.append(tower.register_forward_pre_hook(self._see_grid, with_kwargs=True))
-        records = {need for reducer in self.reducers for need in reducer.needs} - {"before", "here"}
-        if records:  # `generate` runs the tower before it calls the model: what is recorded waits for the prompt
-            self.tower = Tower(self.subject, records)
-            self.handles += self.tower.handles
 
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""
@@ -129,6 +130,7 @@ class TokenRuntime:
         reading.stack.close()
         if self.tower is not None:
             self.tower.forget()
+        self.read = reading.prompt
         cache = getattr(output, "past_key_values", None)
         if cache is not None and reading.prompt is not None:
             self.prompts[cache] = reading.prompt
