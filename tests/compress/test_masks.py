@@ -16,7 +16,7 @@ from compress.passes.masks import Masks
 from compress.passes.tokens import Tokens
 from compress.recipe import compress
 from compress.tokens.pairs import MASKS
-from probe import Example, Mass, load, trace
+from probe import Example, Knockout, Mass, load, sweep, trace
 from probe.errors import PassError
 from probe.generation import trace_generation
 from probe.media import Clip
@@ -315,6 +315,17 @@ def test_masks_are_traced_like_any_model(toy):
     written, prompt = later["mass"].at(step=1), later["mass"].at(step=0)
     assert (prompt[:2] == 0).all()
     assert (written > 0).all()  # what is written reads a cache that holds everything
+
+
+def test_a_masked_model_is_replayed_exactly_where_it_is_causal(toy):
+    subject = toy("llava")
+    encoded = subject.encode(toys.pair(subject))
+    entries = [Knockout("question", "image", [1]), Knockout("last", "question", [2])]
+    for method in ("naavit", "unimodal"):
+        with masked(subject, Masks(method=method, stop=2)) as smaller:
+            fast, slow = (sweep(smaller, encoded, entries, method=how) for how in ("replay", "naive"))
+        for one, other in zip(fast.edited, slow.edited, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_a_saved_mask_says_the_same_in_a_fresh_process(toy, tmp_path):
