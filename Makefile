@@ -30,8 +30,8 @@ bench: $(VENV)/.installed  ## what tracing, replaying and the backends cost; BEN
 	$(BIN)/sightline study backends $(BACKENDS)
 	$(BIN)/sightline study analyses $(ANALYSES)
 
-support: $(VENV)/.installed  ## write the table of families from the contract tests
-	SIGHTLINE_WRITE_SUPPORT=1 $(BIN)/python -m pytest tests/probe/test_contract.py -q
+support: $(VENV)/.installed  ## write the tables of families, and of passes by family, from the contract tests
+	SIGHTLINE_WRITE_SUPPORT=1 $(BIN)/python -m pytest tests/probe/test_contract.py tests/compress/test_contract.py -q
 
 # torch comes first and by itself: the index's default build is what its pinned version gives on this machine.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -60,7 +60,11 @@ class TokenRuntime:
 
     def attach(self) -> None:
         model, decoder = self.subject.model, self.subject.decoder
+        records = {need for reducer in self.reducers for need in reducer.needs} - {"before", "here"}
+        if records:  # `generate` runs the tower before it calls the model: what is recorded waits for the prompt
+            self.tower = Tower(self.subject, records)  # first, since it may refuse, and then nothing must hang on the model
         self.handles = [
+            *(self.tower.handles if self.tower else []),
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
             decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
@@ -70,10 +74,6 @@ class TokenRuntime:
         if self.subject.anatomy.vision:
             tower = model.get_submodule(self.subject.anatomy.vision)
             self.handles.append(tower.register_forward_pre_hook(self._see_grid, with_kwargs=True))
-        records = {need for reducer in self.reducers for need in reducer.needs} - {"before", "here"}
-        if records:  # `generate` runs the tower before it calls the model: what is recorded waits for the prompt
-            self.tower = Tower(self.subject, records)
-            self.handles += self.tower.handles
 
     def detach(self) -> None:
         """Takes the hooks off; the model is as it was."""

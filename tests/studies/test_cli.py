@@ -41,11 +41,14 @@ def test_studies_and_models_are_listed_as_json():
     assert all(row["question"] for row in found)
     table = last_line(run(app, ["models", "--json"]))
     assert len(table) == 25
-    assert set(table[0]) == {"family", "model_type", "capabilities"}
+    assert set(table[0]) == {"family", "model_type", "capabilities", "passes"}
     for row in table:
-        assert all(v == "pass" or v.startswith(("not applicable: ", "refused: ")) for v in row["capabilities"].values())
+        verdicts = [*row["capabilities"].values(), *row["passes"].values()]
+        assert all(v == "pass" or v.startswith(("not applicable: ", "refused: ")) for v in verdicts)
+    assert sum(bool(row["passes"]) for row in table) == 10
     text = run(app, ["models"]).stdout
     assert "Qwen2.5-VL" in text
+    assert "tokens: divprune" in text
 
 
 def test_trace_says_what_it_saw(stranger, tmp_path):
