@@ -86,7 +86,7 @@ class Targeted(Pass):
 
     stage: ClassVar[Stage] = "weights"
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
-    sparsity: float | None = Field(None, ge=0, lt=1)
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
     n_of_m: str | None = None
     targets: tuple[str, ...] = ("*",)
 
