@@ -55,7 +55,11 @@ STUDIES: dict[str, tuple[str, str]] = {
     "tradeoffs": (
         "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
     ),
+    "token-reduction": ("studies.token_reduction", "Which visual tokens can go, and which way of choosing them is best?"),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
+    "compressing": (
+        "studies.compressing", "Does compression save the time that its FLOPs promise, and what does choosing cost?",
+    ),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),
 }  # fmt: skip

@@ -40,8 +40,8 @@ def tradeoffs(
     reducers (`all`, or names), `rounds` how often each configuration is timed in turns with the dense model (0 leaves times out),
     `tokens` how many tokens each timed answer has.
     """
-    kept = _shares(shares)
-    chosen = _methods(methods)
+    kept = shares_of(shares)
+    chosen = chosen_methods(methods)
     evidence, plan = gathered(setting)
     asked = [*configurations(setting.subject, kept, chosen), *([Configuration("evidence plan", plan)] if plan else [])]
     config = {
@@ -136,7 +136,8 @@ def gathered(setting: Setting) -> tuple[Evidence | None, Recipe | None]:
     return evidence, recipe
 
 
-def _shares(text: str) -> tuple[float, ...]:
+def shares_of(text: str) -> tuple[float, ...]:
+    """Shares from an option. Raises StudyError for what is none."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -146,7 +147,8 @@ def _shares(text: str) -> tuple[float, ...]:
     return found
 
 
-def _methods(text: str) -> list[str]:
+def chosen_methods(text: str) -> list[str]:
+    """Token reducers from an option. Raises StudyError with the nearest name."""
     if text == "all":
         return list(METHODS)
     names = [name.strip() for name in text.split(",") if name.strip()]
