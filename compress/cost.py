@@ -30,6 +30,13 @@ class Skips(Protocol):
     def ran(self, layer: int, ran: Ran, text: int, visual: int) -> Ran: ...
 
 
+@runtime_checkable
+class SkipsNext(Protocol):
+    """The same of what is written: what `layer` runs of one token after the prompt, None where that is all of it."""
+
+    def ran_next(self, layer: int) -> Ran | None: ...
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one prompt and of the first token after it.
@@ -106,7 +113,7 @@ def cost(subject: Subject, encoded: Encoded, how: Convention = PLAIN) -> Cost:
         how, parameters(subject),
         {"vision": vision, "connector": connector, "selector": selector, "prefill": sum(layers), "head": head},
         layers, tuple(ran), tuple(size.kv_bytes(one, bytes_each) for size, one in zip(sizes, ran, strict=True)),
-        sum(size.next_token(one, how) for size, one in zip(sizes, ran, strict=True)) + head,
+        sum(size.next_token(one, how, _own(subject, i)) for i, (size, one) in enumerate(zip(sizes, ran, strict=True))) + head,
         tuple(note for note in (missing, *unknown) if note),
     )  # fmt: skip
 
@@ -159,6 +166,12 @@ def tokens_run(subject: Subject, encoded: Encoded) -> list[Ran]:
                 one = hung.ran(layer, one, text, visual)
         ran.append(one)
     return ran
+
+
+def _own(subject: Subject, layer: int) -> Ran | None:
+    """What a layer runs of one token after the prompt, where something that hangs on the model leaves a part of it out."""
+    told = (hung.ran_next(layer) for hung in _attached(subject) if isinstance(hung, SkipsNext))
+    return next((own for own in told if own is not None), None)
 
 
 def _prompt(subject: Subject, encoded: Encoded) -> tuple[int, list[int]]:

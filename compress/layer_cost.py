@@ -1,6 +1,6 @@
 """What one decoder layer costs: multiply-adds and cached numbers as closed forms of its sizes and of the tokens that it ran."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -87,10 +87,11 @@ class LayerSize:
             return n * (n + 1) / 2
         return window * (window + 1) / 2 + (n - window) * window
 
-    def next_token(self, ran: Ran, how: Convention = PLAIN) -> float:
-        """Multiply-adds of the first token after the prompt."""
+    def next_token(self, ran: Ran, how: Convention = PLAIN, own: Ran | None = None) -> float:
+        """Multiply-adds of the first token after the prompt; `own` is what it runs itself, where that is not everything."""
+        one = Ran(1, 1, 1, 1) if own is None else own
         keys = ran.keys + 1 if self.window is None else min(ran.keys + 1, self.window)
-        return self.macs(Ran(1, 1, 1, 1), how) + (keys - 1) * self.mixing
+        return self.macs(replace(one, pairs=one.queries), how) + one.queries * (keys - 1) * self.mixing
 
     def kv_bytes(self, ran: Ran, bytes_each: int) -> int:
         """Bytes of the keys and values that the prompt leaves; a sliding window keeps one position less than it sees."""

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.ledger import FILE
-from compress.passes.base import Evidence, Pass
-from compress.passes.layers import RemoveLayers
+from compress.passes.base import Evidence
 from compress.recipe import Recipe, compress
 from compress.saving import loads_in_transformers, save
 from probe.errors import RunError
@@ -108,16 +107,9 @@ def refuse_folder(out: Path) -> None:
 
 def gather(subject: Subject, recipe: Recipe, examples: Sequence[Example], seed: int) -> Evidence | None:
     """The evidence that a recipe's passes ask for: `compress.evidence.gather(subject, examples, names, seed)`, where this version has it."""
-    names = tuple(dict.fromkeys(name for one in recipe.passes for name in wanted(one)))
+    names = tuple(dict.fromkeys(name for one in recipe.passes for name in one.asks()))
     module = evidence_module() if names else None
     return module.gather(subject, examples, names, seed) if module is not None else None
-
-
-def wanted(one: Pass) -> tuple[str, ...]:
-    """The evidence that a pass asks for; layers that are named need none to be ranked by."""
-    if isinstance(one, RemoveLayers):
-        return () if one.layers is not None else ("layer_scores",)
-    return one.needs
 
 
 def evidence_module() -> Any | None:

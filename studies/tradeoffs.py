@@ -127,7 +127,7 @@ def left_out() -> dict[str, str]:
 def gathered(setting: Setting) -> tuple[Evidence | None, Recipe | None]:
     """Evidence and a plan made from it, where `compress.evidence` is there: `plan(subject, examples, seed) -> (Recipe, Evidence)`."""
     module = evidence_module()
-    if module is None:
+    if module is None or not hasattr(module, "plan"):
         return None, None
     try:
         recipe, evidence = module.plan(setting.subject, setting.data.examples, setting.seed)

@@ -3,16 +3,21 @@
 from compress.passes.base import Change, Pass
 from compress.passes.layers import DropLayers, RemoveLayers
 from compress.passes.methods import METHODS
+from compress.passes.skips import Composite, ShortV, Skip, SkipRows
 from compress.passes.tokens import Pyramid, ReduceTokens, Tokens, Withdraw, WithdrawTokens
 
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
+    Skip,
+    ShortV,
+    Composite,
     Tokens,
     Pyramid,
     Withdraw,
 )
 CHANGES: tuple[type[Change], ...] = (
     DropLayers,
+    SkipRows,
     ReduceTokens,
     WithdrawTokens,
 )

@@ -53,12 +53,16 @@ class Pass(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     title: ClassVar[str]
     stage: ClassVar[Stage]
-    needs: ClassVar[tuple[str, ...]] = ()  # names of evidence without which there is no plan
+    needs: ClassVar[tuple[str, ...]] = ()  # names of evidence without which there is no plan, however it is set
     repeatable: ClassVar[bool] = False  # may stand in a recipe twice
 
     @abstractmethod
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         """What would be done. Changes nothing. Raises PassError for what the model lacks."""
+
+    def asks(self) -> tuple[str, ...]:
+        """The evidence that this pass, as it is set, cannot plan without."""
+        return self.needs
 
     def found(self, evidence: Evidence, name: str) -> Any:
         """A piece of evidence. Raises PassError naming where it comes from."""
@@ -80,7 +84,7 @@ def apply(smaller: Smaller, one: Pass, evidence: Evidence | None = None, seed: i
         return smaller
     for change in changes:
         change.carry_out(smaller)
-    note = {name: brief(evidence[name]) for name in one.needs if evidence and name in evidence}
+    note = {name: brief(evidence[name]) for name in one.asks() if evidence and name in evidence}
     versions = {name: version(name) for name in ("sightline", "torch", "transformers")}
     step = Step(one.title, one.model_dump(mode="json"), tuple(change.described() for change in changes), note, seed, versions)
     smaller.ledger = (*smaller.ledger, step)

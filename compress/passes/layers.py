@@ -72,7 +72,8 @@ class RemoveLayers(Pass):
     Scores come as evidence `layer_scores`: one list for each name, one number for each layer, low where a layer does little
     (`compress.evidence`): `block_influence` (ShortGPT, arXiv 2403.03853: 1 - cosine of what enters and leaves, over all tokens),
     `block_influence_visual`, `block_influence_text`, or `contribution` (ShortV, arXiv 2504.00502). `angular` (arXiv 2403.17887)
-    ranks blocks of `count` consecutive layers by the angle of the last token across them; its scores are those of the first layer of each.
+    ranks blocks of `count` consecutive layers by the angle of the last token across them: it has one list for each count (by its decimal
+    name), one number for each first layer.
     """
 
     title: ClassVar[str] = "remove-layers"
@@ -82,6 +83,9 @@ class RemoveLayers(Pass):
     score: Literal[
         "block_influence", "block_influence_visual", "block_influence_text", "contribution", "angular"
     ] = "block_influence"  # fmt: skip
+
+    def asks(self) -> tuple[str, ...]:
+        return () if self.layers is not None else ("layer_scores",)
 
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         if (self.layers is None) == (self.count is None):
@@ -101,8 +105,9 @@ class RemoveLayers(Pass):
         scores = self.found(evidence, "layer_scores")
         if self.score not in scores:
             raise PassError(f"the evidence has no layer scores {self.score!r}: it has {', '.join(scores)}")
-        values = list(scores[self.score])
         if self.score == "angular":
+            values = list(scores["angular"][str(self.count)])
             start = min(range(subject.n_layers - self.count + 1), key=lambda i: (values[i], i))
             return tuple(range(start, start + self.count))
+        values = list(scores[self.score])
         return tuple(sorted(range(len(values)), key=lambda i: (values[i], i))[: self.count])

@@ -126,6 +126,9 @@ class Withdraw(Pass):
     positions: Policy = "preserve"
     simulated: bool = False
 
+    def asks(self) -> tuple[str, ...]:
+        return () if self.layer is not None else ("withdrawal_kl",)
+
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         layer = self.layer if self.layer is not None else self._quiet(subject, evidence)
         if layer == subject.n_layers:
