@@ -37,6 +37,13 @@ class SkipsNext(Protocol):
     def ran_next(self, layer: int) -> Ran | None: ...
 
 
+@runtime_checkable
+class Masked(Protocol):
+    """What hangs on a model and changes who looks at whom says so here: the pairs that it leaves where `layer` runs everything."""
+
+    def seen(self, layer: int, ran: Ran, encoded: Encoded) -> Ran: ...
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one prompt and of the first token after it.
@@ -164,6 +171,8 @@ def tokens_run(subject: Subject, encoded: Encoded) -> list[Ran]:
         for hung in _attached(subject):
             if isinstance(hung, Skips):
                 one = hung.ran(layer, one, text, visual)
+            if isinstance(hung, Masked):
+                one = hung.seen(layer, one, encoded)
         ran.append(one)
     return ran
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from compress import ledger
 from compress.passes import METHODS
-from compress.passes.base import find_change
+from compress.passes.base import Change, find_change
 from compress.smaller import Smaller
 from probe.errors import LedgerError, LoadError
 from probe.loading import load_processor
@@ -84,13 +84,14 @@ def load(source: str | Path, dtype: torch.dtype | str | None = None, device: str
     smaller = Smaller(
         base.model, base.processor, base.anatomy, str(source), base.checks, ledger=steps, parents=parents
     )  # fmt: skip
-    for change in _changes(steps):
+    for change in changes_of(steps):
         if change.runs:
             change.carry_out(smaller)
     return smaller
 
 
-def _changes(steps: tuple[ledger.Step, ...]) -> list[Any]:
+def changes_of(steps: tuple[ledger.Step, ...]) -> list[Change]:
+    """What a ledger's steps did, as changes that can be carried out again. Raises LedgerError for one that this version does not know."""
     try:
         return [
             find_change(change["kind"]).model_validate({k: v for k, v in change.items() if k != "kind"})
@@ -108,7 +109,7 @@ def _rebuilt(folder: Path, steps: tuple[ledger.Step, ...], dtype: torch.dtype | 
     architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForImageTextToText)
     model = architecture._from_config(config)
     smaller = Smaller.of(open_subject((model, load_processor(str(folder), False, None)), check=False), in_place=True)
-    for change in _changes(steps):
+    for change in changes_of(steps):
         if change.shapes and not change.in_config:
             change.carry_out(smaller)
     _fill(model, folder)

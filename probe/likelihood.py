@@ -16,6 +16,7 @@ from probe.errors import ExampleError, ReplayError
 from probe.example import Example
 from probe.generation import extended
 from probe.subject import Encoded, Subject
+from probe.tokens import TokenMap
 
 Reduce = Literal["mean", "sum", "per-byte"]
 Method = Literal["prefix", "whole"]
@@ -169,6 +170,31 @@ def _shortened(encoded: Encoded, back: int) -> Encoded:
         return encoded
     inputs = {name: value[:, :-back] if name in _COLUMNS else value for name, value in encoded.inputs.items()}
     return replace(encoded, inputs=inputs)
+
+
+def with_answers(subject: Subject, encoded: Encoded, answers: Sequence[str | None]) -> Encoded:
+    """A batch (padded on the left) with an answer after each prompt, spelled as `score_options` spells options; None adds nothing.
+
+    Raises ReplayError where nobody knows what an answer would follow.
+    """
+    asked = [
+        _spell(subject, encoded, i, (answer,)) if answer else _Asked([_Spelled((), 0)], 0) for i, answer in enumerate(answers)
+    ]
+    back = max(one.back for one in asked)
+    rows = [_reread(m.tokens, one, back).spelled[0].tokens for m, one in zip(encoded.maps, asked, strict=True)]
+    longest = max(map(len, rows))
+    if not longest:
+        return encoded
+    tokens = torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
+    short = _shortened(encoded, back).with_maps([_cut(token_map, back) for token_map in encoded.maps])
+    return extended(subject, short, tokens)
+
+
+def _cut(token_map: TokenMap, back: int) -> TokenMap:
+    stop = len(token_map) - back
+    return replace(
+        token_map, segments=token_map.segments[:stop], spellings=token_map.spellings[:stop], tokens=token_map.tokens[:stop]
+    )
 
 
 # --- one by one ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ score a plan without applying it; the changes that it gives are data, so that a 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,13 @@ from probe.subject import Subject
 STAGES = ("distil", "layers", "weights", "skips", "masks", "tokens", "quantise")
 Stage = Literal["distil", "layers", "weights", "skips", "masks", "tokens", "quantise"]
 Evidence = Mapping[str, Any]
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A piece of evidence that says itself what a ledger keeps of it."""
+
+    def told(self) -> dict[str, Any]: ...
 
 
 class Change(BaseModel):
@@ -95,6 +102,8 @@ def brief(value: Any) -> Any:
     """A piece of evidence as a ledger keeps it: numbers and short lists as they are, the rest by what it is."""
     if isinstance(value, int | float | str | bool | type(None)):
         return value
+    if isinstance(value, Tells):
+        return value.told()
     if isinstance(value, list | tuple) and len(value) <= 256 and all(isinstance(v, int | float | str) for v in value):
         return list(value)
     if isinstance(value, Mapping):

@@ -60,7 +60,7 @@ def compact(mask: Any, index: Index) -> Any:
     batch = torch.arange(len(index), device=mask.device)[:, None, None]
     place = index.clamp(min=0)
     cut = mask[batch, :, place[:, :, None], place[:, None, :]].permute(0, 3, 1, 2)
-    return _closed(cut, (index < 0)[:, None, None, :])
+    return close(cut, (index < 0)[:, None, None, :])
 
 
 def after(mask: Any, real: Bool[Tensor, "batch column"], sizes: tuple[int, int], state: Tensor) -> Any:
@@ -96,10 +96,11 @@ def hide(mask: Any, hidden: Bool[Tensor, "batch column"], state: Tensor, keys: i
     if mask is None:
         mask = torch.ones(query, keys, dtype=torch.bool, device=state.device).tril(keys - query)[None, None]
     own = torch.eye(query, keys, dtype=torch.bool, device=state.device)[None, None] if query == keys else torch.zeros_like(gone)
-    return _closed(mask.expand(len(hidden), -1, -1, -1), gone & ~own)
+    return close(mask.expand(len(hidden), -1, -1, -1), gone & ~own)
 
 
-def _closed(mask: Tensor, closed: Tensor) -> Tensor:
+def close(mask: Tensor, closed: Tensor) -> Tensor:
+    """A mask, booleans or numbers to add, with more entries closed."""
     return mask & ~closed if mask.dtype == torch.bool else mask.masked_fill(closed, torch.finfo(mask.dtype).min)
 
 

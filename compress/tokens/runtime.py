@@ -50,6 +50,7 @@ class TokenRuntime:
         refuse(subject, self.reducers)
         self.reading: _Pass | None = None
         self.past: Prompt | None = None
+        self.read: Prompt | None = None  # the prompt that was read last, and what was left of it
         self.prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
         self.asking: list[Call] | None = None  # while a layer is asked which attention it would compute
         self.handles: list[Any] = []
@@ -130,6 +131,7 @@ class TokenRuntime:
         reading.stack.close()
         if self.tower is not None:
             self.tower.forget()
+        self.read = reading.prompt
         cache = getattr(output, "past_key_values", None)
         if cache is not None and reading.prompt is not None:
             self.prompts[cache] = reading.prompt

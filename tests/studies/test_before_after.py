@@ -1,0 +1,123 @@
+"""The study of a model before and after compression: records, summary, report, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from compress.passes.layers import RemoveLayers
+from compress.passes.tokens import Tokens
+from compress.recipe import compress
+from compress.saving import save
+from probe import load
+from probe.recorders import Mass
+from probe.tracing import trace
+from studies.before_after import layers_left, unit
+from studies.cli import app
+from studies.data import load_data
+
+RECIPE = "passes:\n- remove-layers: {layers: [4, 6]}\n- tokens: {method: fastv, budget: {keep: 0.5}}\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("before-after")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    asked = ["study", "before-after", "--model", "demo", "--data", "demo", "--limit", "8", "--recipe", str(recipe), "--device", "cpu",
+             "--out", str(folder / "r"), "--json", "--quiet"]  # fmt: skip
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    return folder / "r", json.loads(result.stdout.strip().splitlines()[-1]), asked
+
+
+def test_it_says_what_was_asked(run):
+    folder, found, _ = run
+    assert found["n"] == 8
+    assert found["layers"] == {"before": list(range(8)), "after": [0, 1, 2, 3, 5, 7]}
+    for curves in (*found["flows"].values(), *found["masses"].values()):
+        assert curves["difference"]["layers"] == [0, 1, 2, 3, 5, 7]
+        assert len(curves["before"]["mean"]) == 8
+    assert found["alike"]["difference"]["layers"] == [0, 1, 2, 3, 4, 6, 8]
+    counts = [k["n"] for k in found["answers"]["by_kind"].values()]
+    assert sum(counts) == 8
+    hits = {name: sum(k[name] for k in found["answers"]["by_kind"].values()) for name in ("before", "after")}
+    assert hits == {name: round(8 * found["answers"][name]["value"]) for name in hits}
+    broke = sum(len(k["broke"]) - len(k["mended"]) for k in found["answers"]["by_kind"].values())
+    assert broke == hits["before"] - hits["after"]
+    assert {path.name for path in (folder / "figures").glob("*.png")} >= {"attention.png", "alignment.png"}
+    assert "What does compression change inside a model?" in (folder / "report.md").read_text()
+
+
+def test_asking_again_gives_the_same_bytes(run):
+    folder, _, asked = run
+    before = (folder / "summary.json").read_bytes()
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_a_step_that_does_nothing_changes_nothing():
+    """The null: a copy of the model beside the model."""
+    subject = load("demo")
+    examples = load_data("demo", 3, seed=0).examples
+    copy = compress(subject, [])
+    numbers = {name: list(range(8)) for name in ("before", "after")}
+    rows = unit({"before": subject, "after": copy}, numbers, examples, 3, 4)
+    table = {name: [r["value"] for r in rows if r["model"] == name and "value" in r] for name in numbers}
+    assert len(table["before"]) == 3 * (4 * 8 + 3 * 8 + 9)
+    assert table["before"] == table["after"]
+
+
+def test_masses_are_those_of_the_model_as_it_runs():
+    """Without reducers that are hidden, the masses are a plain trace's; layers keep the dense model's numbers."""
+    subject = load("demo")
+    examples = load_data("demo", 2, seed=0).examples
+    smaller = compress(subject, [RemoveLayers(layers=(2,))])
+    assert layers_left(smaller) == [0, 1, 3, 4, 5, 6, 7]
+    rows = unit(
+        {"before": subject, "after": smaller}, {"before": list(range(8)), "after": layers_left(smaller)}, examples, 3, 4
+    )
+    mine = {
+        (r["example"], r["layer"]): r["value"]
+        for r in rows
+        if r["model"] == "after" and r["what"] == "mass" and r["flow"] == "image->last"
+    }
+    mass = trace(smaller, smaller.encode(examples), [Mass(rows=("last",), columns=("media",))])["mass"]
+    plain = mass.at(row_group="last", column_group="media").mean(-1).numpy()
+    assert len(mine) == 14
+    for (name, layer), value in mine.items():
+        at = plain[layers_left(smaller).index(layer), [e.id for e in examples].index(name)]
+        assert value == pytest.approx(float(at), abs=1e-6)
+    assert np.isfinite(plain).all()
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ([], "is not compressed: name a compressed folder with --model, or a --recipe"),
+    (["--window-width", "99"], "is not compressed"),
+])  # fmt: skip
+def test_one_model_alone_is_refused(more, message):
+    result = CliRunner().invoke(app, ["study", "before-after", "--model", "demo", "--limit", "2", "--quiet", *more])
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_a_saved_model_is_compared_with_what_it_was_made_from(tmp_path):
+    smaller = compress(load("demo"), [Tokens(method="pooling", budget={"keep": 16})])
+    save(smaller, tmp_path / "m")
+    smaller.detach()
+    asked = [
+        "study",
+        "before-after",
+        "--model",
+        str(tmp_path / "m"),
+        "--limit",
+        "2",
+        "--out",
+        str(tmp_path / "r"),
+        "--quiet",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.strip().splitlines()[-1])["kept_tokens"] == 16
