@@ -8,7 +8,7 @@ is run again. So a plan needs no more memory than one layer beside the model, an
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,14 @@ class Calibration:
         if not self.answers:
             return batches
         return [with_answers(subject, one, [example.answer for example in one.examples]) for one in batches]
+
+    def of_side(self, side: Side) -> "Calibration":
+        """The same examples, another side of them."""
+        return replace(self, side=side)
+
+    def only(self, belongs: Callable[[Example], bool]) -> "Calibration":
+        """The same for some of the examples."""
+        return replace(self, examples=tuple(example for example in self.examples if belongs(example)))
 
     def told(self) -> dict[str, Any]:
         """As a ledger has it: how many examples, whose tokens, and a fingerprint of their words."""

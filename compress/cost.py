@@ -31,17 +31,17 @@ class Skips(Protocol):
 
 
 @runtime_checkable
-class SkipsNext(Protocol):
-    """The same of what is written: what `layer` runs of one token after the prompt, None where that is all of it."""
-
-    def ran_next(self, layer: int) -> Ran | None: ...
-
-
-@runtime_checkable
 class Masked(Protocol):
     """What hangs on a model and changes who looks at whom says so here: the pairs that it leaves where `layer` runs everything."""
 
     def seen(self, layer: int, ran: Ran, encoded: Encoded) -> Ran: ...
+
+
+@runtime_checkable
+class SkipsNext(Protocol):
+    """The same of what is written: what `layer` runs of one token after the prompt, None where that is all of it."""
+
+    def ran_next(self, layer: int) -> Ran | None: ...
 
 
 @dataclass(frozen=True)

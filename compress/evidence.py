@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from compress import layer_scores as scoring
+from compress.calibration import Calibration
 from compress.passes.base import Evidence
 from probe.analysis.stats import bootstrap_mean
 from probe.errors import PassError, did_you_mean
@@ -53,7 +54,14 @@ def withdrawal_kl(subject: Subject, examples: Sequence[Example], seed: int) -> E
     return {"withdrawal_kl": mean, "withdrawal_kl_interval": {"low": low, "high": high}}
 
 
-SOURCES: dict[str, Source] = {"layer_scores": layer_scores, "withdrawal_kl": withdrawal_kl}
+def calibration(subject: Subject, examples: Sequence[Example], seed: int) -> Evidence:
+    """`calibration`: the examples, with their answers, all tokens of which count."""
+    return {"calibration": Calibration(tuple(examples))}
+
+
+SOURCES: dict[str, Source] = {
+    "layer_scores": layer_scores, "withdrawal_kl": withdrawal_kl, "calibration": calibration,
+}  # fmt: skip
 
 
 def gather(subject: Subject, examples: Sequence[Example], names: Sequence[str], seed: int = 0) -> dict[str, Any]:

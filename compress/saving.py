@@ -12,6 +12,7 @@ from compress import ledger
 from compress.passes import METHODS
 from compress.passes.base import Change, find_change
 from compress.smaller import Smaller
+from probe.anatomy import row_of
 from probe.errors import LedgerError, LoadError
 from probe.loading import load_processor
 from probe.subject import Subject
@@ -47,7 +48,8 @@ def save(smaller: Smaller, folder: Path | str, measured: Mapping[str, Any] | Non
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        smaller.model.save_pretrained(folder)
+        # what is to be filled in by name is written under the names that modules have, not those of the hub
+        smaller.model.save_pretrained(folder, save_original_format=is_regular(smaller))
         save_processor(smaller.processor, folder)
         ledger.write(folder, smaller.ledger, smaller.parents, is_regular(smaller))
         (folder / CARD).write_text(_card(smaller, measured or {}))
@@ -108,7 +110,8 @@ def _rebuilt(folder: Path, steps: tuple[ledger.Step, ...], dtype: torch.dtype | 
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForImageTextToText)
     model = architecture._from_config(config)
-    smaller = Smaller.of(open_subject((model, load_processor(str(folder), False, None)), check=False), in_place=True)
+    processor = load_processor(str(folder), False, None, bool(row_of(config).needs))
+    smaller = Smaller.of(open_subject((model, processor), check=False), in_place=True)
     for change in changes_of(steps):
         if change.shapes and not change.in_config:
             change.carry_out(smaller)

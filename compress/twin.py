@@ -29,7 +29,7 @@ def simulated(smaller: Smaller, prompts: Sequence[Encoded]) -> Iterator[Smaller]
     hanging = [change for change in changes_of(smaller.ledger) if change.runs]
     choices = _choices(smaller, prompts)
     try:
-        _hang(smaller, [_masked(change) for change in hanging])
+        _hang(smaller, [change.masked() for change in hanging])
         smaller.reducers = [_remembering(one, i, choices) for i, one in enumerate(smaller.reducers)]
         smaller.rewire()
         yield smaller
@@ -43,10 +43,6 @@ def _hang(smaller: Smaller, changes: Sequence[Change]) -> None:
     smaller.reducers.clear()
     for change in changes:
         change.carry_out(smaller)
-
-
-def _masked(change: Change) -> Change:
-    return change.model_copy(update={"simulated": True}) if "simulated" in type(change).model_fields else change
 
 
 def _choices(smaller: Smaller, prompts: Sequence[Encoded]) -> Choices:

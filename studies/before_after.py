@@ -28,6 +28,8 @@ from probe.subject import Encoded, Subject
 from probe.tracing import trace
 from studies.before_after_report import SHOWN_FLOWS, figures, report, summarise
 from studies.demo.family import load_member
+from studies.measuring import gather
+from studies.planning import set_apart
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, study
 from studies.work import read_units, sift
@@ -86,10 +88,9 @@ def _pair(setting: Setting, recipe: str, dense: str) -> tuple[Subject, Smaller]:
             raise StudyError(
                 f"{subject.name} is compressed already: name the dense model with --model where a --recipe is given"
             )
-        from studies.measuring import gather
-
         asked = read(Path(recipe))
-        return subject, compress(subject, asked, gather(subject, asked, setting.data.examples, setting.seed))
+        examples, _ = set_apart(setting.data)
+        return subject, compress(subject, asked, gather(subject, asked, examples, setting.seed))
     if not isinstance(subject, Smaller):
         raise StudyError(f"{subject.name} is not compressed: name a compressed folder with --model, or a --recipe")
     source = dense or next(iter(subject.parents), "")

@@ -277,28 +277,46 @@ def measure(
 
 @app.command()
 def compress(
-    recipe: Annotated[Path, typer.Argument(help="a recipe: passes in order, as YAML (docs/compress/recipes.md)")],
+    recipe: Annotated[Path | None, typer.Argument(help="a recipe: passes in order, as YAML (docs/compress/recipes.md)")] = None,
+    plan: Annotated[Literal["auto"] | None, typer.Option(help="auto: a recipe made from evidence, in place of one that is given")] = None,
+    budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's FLOPs that reading a prompt may take")] = 0.6,
+    run: Annotated[list[Path] | None, typer.Option(help="with --plan: a run of information-flow or implicit-alignment to read; repeat it")] = None,
+    evidence_data: Annotated[str, typer.Option(help="data that plans and calibration rest on (default: other scenes of the demo)")] = "",
     model: Model = "demo", data: DataName = "demo", limit: Limit = 64, out: Out = None, batch: Batch = 8, rounds: Rounds = 12,
     tokens: Tokens = 8, columns: Columns = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, trust_remote_code: Trust = False,
     as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Apply a recipe, save the smaller model with its ledger, and measure it briefly against the dense one."""
+    """Apply a recipe, or one planned from evidence, save the smaller model with its ledger, and measure it briefly against the dense one."""
     with _errors(debug):
         _quiet_libraries()
+        if (recipe is None) == (plan is None):
+            raise StudyError("sightline compress takes a recipe, or --plan auto to make one from evidence")
+        if run and plan is None:
+            raise StudyError("--run is read to make a plan: add --plan auto")
         from compress.recipe import read
-
-        asked = read(recipe)
-        found = _load_data(data, limit, columns, seed)
-        subject = _load(model, device, dtype, None, trust_remote_code)
         from studies.bench import Bench
-        from studies.measuring import gather, make
+        from studies.measuring import gather, make, refuse_folder
+        from studies.planning import planned, set_apart, told
         from studies.points import sentence
 
-        folder = out or Path("runs") / "compress" / asked.name
+        asked = read(recipe) if recipe else None
+        folder = out or Path("runs") / "compress" / (asked.name if asked else "evidence-plan")
+        refuse_folder(folder)
+        found = _load_data(data, limit, columns, seed)
+        subject = _load(model, device, dtype, None, trust_remote_code)
+        examples, _ = set_apart(found, evidence_data)
+        made = None if asked else planned(subject, examples, budget, run or (), seed, quiet)
+        asked = asked or (made.recipe if made else None)
+        assert asked is not None
         bench = Bench(subject, found, batch, rounds, tokens, seed=seed)
-        result = make(subject, asked, bench, folder, quiet, gather(subject, asked, found.examples, seed))
+        result = make(subject, asked, bench, folder, quiet, gather(subject, asked, examples, seed))
+        if made:
+            (folder / "recipe.yaml").write_text(made.recipe.dumped())
+            (folder / "plan.md").write_text("\n".join(["# The plan", "", *told(made), ""]))
+            result |= {"plan": made.told()}
         _say(result, as_json, lambda: (
             f"{sentence(result['measured'])}\nmodel: {result['model']}\nloads in plain transformers: {result['loads_in_transformers']}"
+            + ("\nwhy each step: " + str(folder / "plan.md") if made else "")
         ))  # fmt: skip
 
 

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from compress import evidence
 from compress.ledger import FILE
 from compress.passes.base import Evidence
 from compress.recipe import Recipe, compress
@@ -56,14 +55,14 @@ def _report(points: list[dict[str, Any]], paired: bool) -> str:
 
 
 def make(
-    subject: Subject, recipe: Recipe, bench: Bench, out: Path, quiet: bool, evidence: Evidence | None = None
+    subject: Subject, recipe: Recipe, bench: Bench, out: Path, quiet: bool, found: Evidence | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """A compressed model in `out`, measured against the dense one: `model ledger loads_in_transformers measured`.
 
     Raises RunError for a folder that holds something else, PassError for a recipe that this model refuses.
     """
     refuse_folder(out)
-    smaller = compress(subject, recipe, evidence)
+    smaller = compress(subject, recipe, found)
     try:
         with progress("measuring", 1, quiet, "models") as advance:
             points = [_point(bench.measure_model(Configuration(recipe.name, recipe), smaller))]
@@ -106,12 +105,6 @@ def refuse_folder(out: Path) -> None:
 
 
 def gather(subject: Subject, recipe: Recipe, examples: Sequence[Example], seed: int) -> Evidence | None:
-    """The evidence that a recipe's passes ask for: `compress.evidence.gather(subject, examples, names, seed)`, where this version has it."""
-    names = tuple(dict.fromkeys(name for one in recipe.passes for name in one.asks()))
-    module = evidence_module() if names else None
-    return module.gather(subject, examples, names, seed) if module is not None else None
-
-
-def evidence_module() -> Any | None:
-    """`compress.evidence`, where this version has it: what gathers evidence for passes that ask for it, and plans by it."""
-    return import_module("compress.evidence") if find_spec("compress.evidence") else None
+    """The evidence that a recipe's passes ask for."""
+    names = list(dict.fromkeys(name for one in recipe.passes for name in one.asks()))
+    return evidence.gather(subject, examples, names, seed) if names else None

@@ -52,6 +52,9 @@ STUDIES: dict[str, tuple[str, str]] = {
     "vision-layers": (
         "studies.vision_layers", "Which layers of the vision tower carry which facts, and what does merging levels give?",
     ),
+    "subnetworks": (
+        "studies.subnetworks", "Which weights does the model need, and do tasks and modalities need the same ones?",
+    ),
     "tradeoffs": (
         "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
     ),

@@ -46,6 +46,10 @@ class Change(BaseModel):
     def carry_out(self, smaller: Smaller) -> None:
         """Does it. Raises PassError where it does not fit the model."""
 
+    def masked(self) -> "Change":
+        """The same done by masks, where there is such a way: every position stays where it is."""
+        return self.model_copy(update={"simulated": True}) if "simulated" in type(self).model_fields else self
+
     def described(self) -> dict[str, Any]:
         """As a ledger has it."""
         return {"kind": self.kind, **self.model_dump(mode="json")}

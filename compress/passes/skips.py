@@ -24,6 +24,9 @@ class SkipRows(Change):
     def carry_out(self, smaller: Smaller) -> None:
         smaller.attached.append(SkipRuntime(smaller, self.rule, self.layers))
 
+    def masked(self) -> Change:
+        return self.model_copy(update={"rule": self.rule.model_copy(update={"simulated": True})})
+
 
 def _planned(subject: Subject, rule: Rule, layers: Sequence[int]) -> list[Change]:
     if not layers:

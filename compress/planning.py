@@ -1,0 +1,186 @@
+"""Evidence to plan: which steps, at which layers, for a budget of FLOPs; each with a number that speaks for it.
+
+Every step is priced by what it does to the answer's distribution when it is made alone (`compress.prices`), and by what it saves in closed form
+(`compress.drafts`). Steps are taken in the order of what they save for their damage until the budget is met, once for every set of kinds of steps
+that can meet it; the drafts that look best are then applied to a copy and measured, since prices do not simply add up. What wins is a recipe.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from compress.damage import step_damage
+from compress.drafts import KINDS, LAYERS, Counter, Draft, cheapest, damage, steps
+from compress.measure import encode_all
+from compress.passes.base import Evidence
+from compress.prices import Interval, Price, Prices, interval, prices
+from compress.recipe import Recipe
+from compress.rivals import rivals
+from probe.errors import PassError
+from probe.example import Example
+from probe.subject import Encoded, Subject
+from probe.tracing import last_logits
+
+MOST = 48  # examples that a plan rests on, drawn where there are more
+VERIFIED = 6  # drafts that are applied and measured
+PROMPTS = 8  # prompts whose cost is counted
+WHY = {
+    "remove": "removing it alone moves the answer's distribution by",
+    "freeze": "in this layer alone, leaving what is shown as it entered moves the answer's distribution by",
+    "ffn": "in this layer alone, what is shown passing the feed-forward block by moves the answer's distribution by",
+    "withdraw": "hiding what is shown from this layer on moves the answer's distribution by",
+    "tokens": "alone, it moves the answer's distribution by",
+}
+WHAT = {
+    "remove": "layer {layer} goes", "freeze": "visual tokens pass layer {layer} by", "ffn": "visual tokens pass the feed-forward block of layer {layer} by",
+    "withdraw": "visual tokens leave at layer {layer}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step of the plan in words: what is done and why, its damage alone in nats, and the share of the dense FLOPs that it saves beside the others."""
+
+    what: str
+    why: str
+    damage: Interval
+    saves: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A draft that was applied and measured: the kinds of its steps, predicted and measured damage in nats, its share of the FLOPs."""
+
+    kinds: tuple[str, ...]
+    predicted: float
+    measured: Interval
+    flops_ratio: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that meets a budget, its reasons, and the drafts beside which it won; `notes` say what the model does not allow."""
+
+    recipe: Recipe
+    choices: tuple[Choice, ...]
+    budget: float
+    tried: tuple[Tried, ...]
+    rivals: tuple[Recipe, ...]  # the same budget met without evidence
+    evidence: Evidence = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "budget": self.budget, "recipe": self.recipe.dumped(), "choices": [vars(one) for one in self.choices],
+            "tried": [vars(one) for one in self.tried], "rivals": {one.name: one.dumped() for one in self.rivals}, "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def plan(
+    subject: Subject, examples: Sequence[Example], budget: float = 0.7, evidence: Evidence | None = None, seed: int = 0,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Plan:  # fmt: skip
+    """The recipe of the least measured damage that reads a prompt with at most `budget` of the dense model's FLOPs.
+
+    Take other examples than those that the result is judged on. `evidence` may hold `withdrawal_kl` already. Raises PassError for a budget that no
+    set of steps meets.
+    """
+    if not 0 < budget < 1:
+        raise PassError(f"a budget is a share of the dense model's FLOPs between 0 and 1, not {budget:g}")
+    chosen = _drawn(examples, seed)
+    batches = encode_all(subject, chosen, 8)
+    clean = [last_logits(subject, one) for one in batches]
+    priced = prices(subject, chosen, batches, clean, evidence or {}, seed, advance)
+    count = Counter(subject, [subject.encode(one) for one in chosen[:PROMPTS]])
+    drafts = _drafts(priced, count, subject.n_layers, budget)
+    tried, notes = _tried(subject, drafts, priced, count, batches, clean, seed, advance)
+    best, draft = min(tried, key=lambda one: one[0].measured[0])
+    about = (
+        f"planned for {budget:.0%} of the FLOPs of reading a prompt: {best.flops_ratio:.1%}, moves the answer's distribution by {best.measured[0]:.3g} nats "
+        f"[{best.measured[1]:.3g}, {best.measured[2]:.3g}] on {len(chosen)} examples"
+    )
+    recipe = Recipe(tuple(steps(draft, subject.n_layers)), "evidence-plan", about, seed)
+    every = tuple(sorted((one for one, _ in tried), key=lambda one: one.measured[0]))
+    others = rivals(draft, priced.of, count, subject.n_layers, budget, seed)
+    return Plan(
+        recipe,
+        _choices(draft, priced, count, subject.n_layers),
+        budget,
+        every,
+        others,
+        priced.evidence,
+        (*priced.notes, *notes),
+    )
+
+
+def _drawn(examples: Sequence[Example], seed: int) -> list[Example]:
+    if not examples:
+        raise PassError("a plan rests on examples: give at least one")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(examples))[:MOST])
+    return [examples[i] for i in chosen]
+
+
+def _drafts(priced: Prices, count: Counter, n_layers: int, budget: float) -> dict[Draft, tuple[str, ...]]:
+    """The draft of every set of kinds that can meet the budget, least damage first. Raises PassError where none can."""
+    there = [kind for kind in KINDS if kind in priced.of]
+    found: dict[Draft, tuple[str, ...]] = {}
+    for number in range(1, 2 ** len(there)):
+        kinds = tuple(kind for i, kind in enumerate(there) if number >> i & 1)
+        draft = cheapest(priced.of, kinds, count, n_layers, budget)
+        if draft is not None:
+            found.setdefault(draft, kinds)
+    if not found:
+        raise PassError(
+            f"no set of the steps that this model allows ({', '.join(there)}) reads a prompt with {budget:.0%} of its FLOPs: take a larger budget"
+        )
+    return {one: found[one] for one in sorted(found, key=lambda one: (damage(one, priced.of), count(one)))}
+
+
+def _tried(
+    subject: Subject, drafts: dict[Draft, tuple[str, ...]], priced: Prices, count: Counter, batches: Sequence[Encoded],
+    clean: Sequence[Tensor], seed: int, advance: Callable[[int], None],
+) -> tuple[list[tuple[Tried, Draft]], list[str]]:  # fmt: skip
+    """The drafts that look best, measured; and those that this model refuses when their steps come together."""
+    tried: list[tuple[Tried, Draft]] = []
+    notes: list[str] = []
+    for draft, kinds in drafts.items():
+        if len(tried) == VERIFIED:
+            break
+        try:
+            each = step_damage(subject, steps(draft, subject.n_layers), batches, clean)
+        except PassError as error:
+            notes.append(f"{' and '.join(kinds)}: {error}")
+            continue
+        tried.append((Tried(kinds, damage(draft, priced.of), interval(each, seed), count(draft)), draft))
+        advance(1)
+    if not tried:
+        raise PassError(f"none of the plans can be applied: {notes[-1]}")
+    return tried, notes
+
+
+def _choices(draft: Draft, priced: Prices, count: Counter, n_layers: int) -> tuple[Choice, ...]:
+    """Each step with its reason, in the order of what it does."""
+    share = count(draft)
+    found = [_choice(one, priced, count(draft.without(one, n_layers)) - share) for one in draft.taken(priced.of)]
+    return tuple(sorted(found, key=lambda one: -one.damage[0]))
+
+
+def _choice(price: Price, priced: Prices, saves: float) -> Choice:
+    others = priced.of[price.kind]
+    rank = sum(one.damage[0] < price.damage[0] for one in others) + 1
+    of = "layers" if price.kind in (*LAYERS, "withdraw") else "ways of keeping tokens"
+    if price.step is not None:
+        what = f"{price.step.title}: {price.step.model_dump(mode='json', exclude_defaults=True)}"
+    else:
+        what = WHAT[price.kind].format(layer=price.layer)
+    value, low, high = price.damage
+    return Choice(
+        what,
+        f"{WHY[price.kind]} {value:.3g} nats [{low:.3g}, {high:.3g}], rank {rank} of {len(others)} {of}",
+        price.damage,
+        saves,
+    )

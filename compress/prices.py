@@ -1,0 +1,140 @@
+"""The single steps that a plan may take on a model, each with what it does to the answer's distribution when it is made alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from compress.budget import Budget
+from compress.damage import KINDS, layer_damage, token_damage
+from compress.evidence import gather
+from compress.passes.base import Evidence, Pass, find_pass
+from compress.passes.layers import refuse_layers
+from compress.passes.tokens import Pyramid, Tokens, Withdraw, place
+from probe.analysis.stats import bootstrap_mean
+from probe.errors import PassError
+from probe.example import Example
+from probe.subject import Encoded, Subject
+
+SHARES = (0.75, 0.5, 0.25, 0.125)
+BEFORE = (
+    "divprune",
+    "visionzip",
+    "pooling",
+    "uniform",
+)  # methods before the decoder that are priced, where the model has what they need
+INSIDE = (0.125, 0.25, 0.5)  # shares of the depth at which tokens are dropped by the attention of the last word
+Interval = tuple[float, float, float]  # mean over examples, and the ends of its 95 % bootstrap interval; nats
+
+
+@dataclass(frozen=True, eq=False)
+class Price:
+    """A step by itself. `kind` is `remove`, `freeze`, `ffn` or `withdraw` at a layer, or `tokens` by a pass of its own."""
+
+    kind: str
+    layer: int
+    damage: Interval
+    step: Pass | None = None
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Every step that a model allows, by kind; the evidence that they come from; and what it does not allow, with the reason."""
+
+    of: dict[str, list[Price]]
+    evidence: Evidence
+    notes: tuple[str, ...]
+
+
+def prices(
+    subject: Subject, examples: Sequence[Example], batches: Sequence[Encoded], clean: Sequence[Tensor], evidence: Evidence, seed: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Prices:  # fmt: skip
+    """Measures every step alone on the examples, of which `batches` are the encoded ones and `clean` the dense model's last logits.
+
+    `evidence` may hold `withdrawal_kl` already, which is then not measured again.
+    """
+    found: dict[str, list[Price]] = {}
+    known: dict[str, Any] = dict(evidence)
+    notes: list[str] = []
+    last = subject.n_layers - 1
+    kinds = ["remove", *(kind for kind in KINDS if kind != "remove" and _allowed(subject, skip(kind, (last,)), kind, notes))]
+    for kind, each in layer_damage(subject, examples, kinds, advance).items():
+        own = [Price(kind, layer, interval(each[:, layer], seed)) for layer in range(subject.n_layers)]
+        known[f"{kind}_kl"] = [one.damage[0] for one in own]
+        found[kind] = [one for one in own if kind != "remove" or _removable(subject, one.layer)]
+    if _allowed(subject, Withdraw(layer=last), "withdraw", notes):
+        if "withdrawal_kl" not in known:
+            known |= gather(subject, examples, ["withdrawal_kl"], seed)
+        found["withdraw"] = _withdrawals(subject, known)
+    found["tokens"] = _tokens(subject, batches, clean, seed, notes, advance)
+    return Prices({kind: own for kind, own in found.items() if own}, known, tuple(dict.fromkeys(notes)))
+
+
+def skip(kind: str, layers: Sequence[int]) -> Pass:
+    """The pass by which visual tokens pass layers by: as they entered (`freeze`), or their feed-forward blocks alone (`ffn`)."""
+    if kind == "freeze":
+        return find_pass("shortv").model_validate({"layers": tuple(layers)})
+    return find_pass("skip").model_validate({"mode": "ffn", "rows": "perceptual", "layers": tuple(layers)})
+
+
+def interval(each: np.ndarray, seed: int) -> Interval:
+    """The mean over examples with its interval; infinite where no example says anything."""
+    known = each[~np.isnan(each)]
+    if not len(known):
+        return (float("inf"), float("inf"), float("inf"))
+    value, low, high = (float(side) for side in bootstrap_mean(known, seed))
+    return value, low, high
+
+
+def _allowed(subject: Subject, step: Pass, kind: str, notes: list[str]) -> bool:
+    try:
+        step.plan(subject, {})
+    except PassError as error:
+        notes.append(f"{kind}: {error}")
+        return False
+    return True
+
+
+def _removable(subject: Subject, layer: int) -> bool:
+    try:
+        refuse_layers(subject, (layer,))
+    except PassError:
+        return False
+    return True
+
+
+def _withdrawals(subject: Subject, known: Evidence) -> list[Price]:
+    means = known["withdrawal_kl"]
+    ends = known.get("withdrawal_kl_interval", {"low": means, "high": means})
+    return [
+        Price("withdraw", layer, (means[layer], ends["low"][layer], ends["high"][layer]))
+        for layer in range(1, subject.n_layers) if _allowed(subject, Withdraw(layer=layer), "withdraw", [])
+    ]  # fmt: skip
+
+
+def _tokens(
+    subject: Subject, batches: Sequence[Encoded], clean: Sequence[Tensor], seed: int, notes: list[str], advance: Callable[[int], None]
+) -> list[Price]:  # fmt: skip
+    found = []
+    for step in _token_steps(subject.n_layers):
+        try:
+            found.append(Price("tokens", 0, interval(token_damage(subject, step, batches, clean), seed), step))
+        except PassError as error:
+            notes.append(f"tokens: {error}")
+        advance(1)
+    return found
+
+
+def _token_steps(n_layers: int) -> list[Pass]:
+    inside = sorted({place(share, n_layers) for share in INSIDE})
+    steps: list[Pass] = [Tokens(method=name, budget=Budget(keep=share)) for name in BEFORE for share in SHARES]
+    steps += [Tokens(method="pdrop", budget=Budget(keep=s), layer=at, positions="preserve") for at in inside for s in SHARES]
+    at = Pyramid().at
+    if len({place(share, n_layers) for share in at}) == len(at):
+        steps += [
+            Pyramid(at=tuple(place(share, n_layers) for share in at), keep=(s, s / 2, s / 4), positions="preserve") for s in SHARES[:3]
+        ]  # fmt: skip
+    return steps

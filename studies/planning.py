@@ -1,0 +1,119 @@
+"""Plans from evidence: the examples that they rest on, the runs that they read, and what is said of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from compress.planning import Plan, plan
+from probe.analysis.stats import bootstrap_mean
+from probe.errors import StudyError
+from probe.example import Example
+from probe.subject import Subject
+from studies.data import TELLINGS, Data, load_data
+from studies.study import describe, progress
+
+APART = 64  # examples that evidence comes from
+ELSEWHERE = 1000  # added to the seed of the demo's scenes: none of them is among those that are measured
+
+
+def set_apart(data: Data, source: str = "") -> tuple[tuple[Example, ...], str]:
+    """Examples that evidence comes from, and what they are in words: those of `source`, other scenes of the demo, or else the measured ones."""
+    if source:
+        return load_data(source, APART).examples, f"up to {APART} examples of {source}"
+    if data.name in TELLINGS:
+        seed = int(data.fingerprint.rsplit(":", 1)[1]) + ELSEWHERE
+        return load_data(data.name, APART, seed=seed).examples, f"{APART} questions about other scenes"
+    return data.examples, "the questions that are measured (name others with --evidence-data)"
+
+
+def planned(
+    subject: Subject, examples: Sequence[Example], budget: float, runs: Sequence[str | Path] = (), seed: int = 0, quiet: bool = True
+) -> Plan:  # fmt: skip
+    """A plan for a budget from examples and from runs of information-flow and implicit-alignment on the same model."""
+    evidence = evidence_of(subject, runs)
+    with progress("pricing steps", 100, quiet, "measurements") as advance:
+        return plan(subject, examples, budget, evidence, seed, advance)
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------
+
+
+def evidence_of(subject: Subject, folders: Sequence[str | Path]) -> dict[str, Any]:
+    """What runs say that a plan can use: `withdrawal_kl` and `cutoff` of information-flow, `drift`, `overlap` and `ima` of implicit-alignment.
+
+    Raises StudyError for a folder that is no finished run, of another study, or of another model.
+    """
+    found: dict[str, Any] = {}
+    for folder in map(Path, folders):
+        study, summary = _finished(folder, describe(subject)["fingerprint"])
+        if study not in _READERS:
+            raise StudyError(f"{folder} is a run of {study}: a plan reads runs of {' and '.join(_READERS)}")
+        found |= _READERS[study](folder, summary, subject.n_layers)
+    return found
+
+
+def _finished(folder: Path, fingerprint: str) -> tuple[str, dict[str, Any]]:
+    try:
+        told = json.loads((folder / "run.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{folder} is no finished run: it has no run.json and summary.json that can be read") from error
+    if told.get("subject", {}).get("fingerprint") != fingerprint:
+        raise StudyError(
+            f"{folder} is a run of another model ({told.get('subject', {}).get('name')}): plans rest on runs of the same one"
+        )
+    return str(told.get("study")), summary
+
+
+def _flow(folder: Path, summary: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
+    """What is shown hidden from each layer on: KL over examples, as the withdrawal of all visual tokens has it."""
+    rows = pa.concat_tables([pq.read_table(path) for path in sorted((folder / "records").glob("part-*.parquet"))]).to_pandas()
+    own = rows[rows["what"].isin(["cumulative", "hidden"])]
+    table = own.pivot_table(index="example", columns="layer", values="kl").reindex(columns=range(n_layers)).dropna()
+    if not len(table):
+        raise StudyError(f"{folder} has no example whose picture was hidden layer by layer: it was answered wrong by all")
+    mean, low, high = (np.asarray(side).tolist() for side in bootstrap_mean(table.to_numpy(float)))
+    return {
+        "withdrawal_kl": mean, "withdrawal_kl_interval": {"low": low, "high": high}, "withdrawal_from": f"{len(table)} examples of {folder.name}",
+        "cutoff": {"layer": summary["cutoff_layer"], "interval": summary["cutoff_interval"]},
+    }  # fmt: skip
+
+
+def _alignment(folder: Path, summary: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
+    """How much what is shown changes from layer to layer, and how far it uses the weights that words use."""
+    modality, own = next(((name, one) for name, one in summary["modalities"].items() if name != "text"), (None, None))
+    if own is None:
+        raise StudyError(f"{folder} shows nothing but text: plans are made from runs on pictures, clips or sounds")
+    pair = f"{modality} perceptual and {modality} textual"
+    return {
+        "drift": list(own["drift"]["perceptual"]["1"]["mean"])[:n_layers], "ima": own["score"]["same"]["value"],
+        "overlap": (summary.get("weights") or {}).get("by_layer", {}).get(pair),
+    }  # fmt: skip
+
+
+_READERS = {"information-flow": _flow, "implicit-alignment": _alignment}
+
+
+# --- words -------------------------------------------------------------------------------------------------------------
+
+
+def told(made: Plan) -> list[str]:
+    """A plan in Markdown: its choices with their reasons, and what it was chosen among."""
+    lines = [
+        f"{made.recipe.about[0].upper()}{made.recipe.about[1:]}.", "", "| step | why | saves (FLOPs, beside the others) |", "|---|---|---|",
+        *(f"| {one.what} | {one.why} | {one.saves:.1%} |" for one in made.choices), "",
+        "Chosen among these, all applied to a copy and measured:", "", "| kinds of steps | predicted, nats | measured, nats | FLOPs |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for one in made.tried:
+        value, low, high = one.measured
+        lines.append(
+            f"| {', '.join(one.kinds)} | {one.predicted:.3g} | {value:.3g} [{low:.3g}, {high:.3g}] | {one.flops_ratio:.1%} |"
+        )
+    if made.notes:
+        lines += ["", "Not allowed on this model:", "", *(f"- {note}" for note in made.notes)]
+    return lines
