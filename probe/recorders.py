@@ -326,7 +326,9 @@ def _stacked(found: Mapping[int, Tensor]) -> Tensor:
     layers = sorted(found)
     other = next((layer for layer in layers if found[layer].shape != found[layers[0]].shape), None)
     if other is not None:
-        raise EditError(f"layers {layers[0]} and {other} of this model differ in heads: record layers that have the same number")
+        raise EditError(
+            f"layers {layers[0]} and {other} of this model differ in heads: record layers that have the same number"
+        )
     return torch.stack([found[layer] for layer in layers])
 
 

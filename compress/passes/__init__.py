@@ -29,10 +29,6 @@ PASSES: tuple[type[Pass], ...] = (
     Prune,
     Subnet,
     Width,
-    Masks,
-    Skip,
-    ShortV,
-    Composite,
     Experts,
     Tokens,
     Pyramid,
@@ -51,7 +47,6 @@ CHANGES: tuple[type[Change], ...] = (
     HideUnits,
     MaskAttention,
     SkipRows,
-    MaskAttention,
     ReduceTokens,
     WithdrawTokens,
 )

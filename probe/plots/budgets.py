@@ -1,5 +1,6 @@
 """A measure against a budget, on a logarithmic axis: panels of lines that need not share their places."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,10 +37,11 @@ def _on_paper(panels: Sequence[tuple[str, Sequence[Line]]], label: str, axis: st
 
 
 def _name_counts(place: Any, found: Sequence[float]) -> None:
-    """Counts as they are, those too close together for a name left out."""
+    """The counts that most lines have come first; those too close to one that is named have no name."""
+    times = Counter(found)
     shown: list[float] = []
-    for count in sorted(set(found), reverse=True):
-        if not shown or shown[-1] / count > 1.3:
+    for count in sorted(times, key=lambda count: (-times[count], count)):
+        if all(max(count, other) / min(count, other) > 1.3 for other in shown):
             shown.append(count)
     place.set_xticks(shown)
     place.set_xticklabels([f"{count:.0f}" for count in shown])

@@ -13,7 +13,7 @@ from compress.drafts import Counter, Draft, cheapest, damage, steps
 from compress.layer_scores import divergence
 from compress.passes.layers import RemoveLayers
 from compress.passes.skips import ShortV, Skip
-from compress.passes.tokens import Pyramid, Tokens, Withdraw
+from compress.passes.tokens import Pyramid, Tokens
 from compress.planning import plan
 from compress.prices import Price, prices
 from compress.recipe import compress, parse
