@@ -58,7 +58,12 @@ def test_it_says_what_was_asked(run):
     dense = points["perceptual block none"]
     assert (dense["flops_ratio"], dense["kv_ratio"], dense["divergence"]["value"]) == (1, 1, 0)
     frozen = found["contrast"]["perceptual"]
-    assert 1 > frozen["prefill_flops_ratio"][0] > frozen["prefill_flops_ratio"][1] > found["contrast"]["all"]["prefill_flops_ratio"][1]
+    assert (
+        1
+        > frozen["prefill_flops_ratio"][0]
+        > frozen["prefill_flops_ratio"][1]
+        > found["contrast"]["all"]["prefill_flops_ratio"][1]
+    )
     assert frozen["kv_ratio"] == [1, 1]
     assert all(value > 0 for value in frozen["prefill"]["mean"])
     assert "nan" not in (folder / "summary.json").read_text().lower()
@@ -74,7 +79,7 @@ def test_a_layer_alone_is_what_its_score_measured(run, subject):
 
 
 def test_the_report_answers_the_question(run):
-    folder, found, _ = run
+    folder, _, _ = run
     report = (folder / "report.md").read_text()
     assert "*Which layers do visual tokens need, which do words, and does a score tell before one tries?*" in report
     for word in ("visual tokens, whole layer passed by", "Scores** against the KL", "random 1", "decoder FLOPs"):
