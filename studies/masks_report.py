@@ -1,6 +1,6 @@
 """The masks study's numbers, figures and words, made from its records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from studies.bench import Configuration
 from studies.points import sentence
 from studies.run import Run
 from studies.study import Setting, Summary
-from studies.tradeoffs import surely_worse
+from studies.tradeoffs_report import surely_worse
 from studies.work import curve
 
 FLOWS = {
@@ -74,20 +74,20 @@ def figures(run: Run, summary: Summary) -> None:
 
 
 def accuracies(summary: Mapping[str, Any]) -> Pair:
-    """A row for each part of the depth, a mark for each mask."""
+    """A panel for each mask: right answers and answers of yes, by the layers that it stands on, the dense model above them."""
     points = summary["points"]
-    methods = list(dict.fromkeys(point["method"] for point in points if point["method"]))
-    shown = [("right answers", _accuracy)]
+    dense = next(point for point in points if not point["method"])
+    shown: list[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, float]]]] = [("right answers", _accuracy)]
     if summary["n_existence"]:
-        shown += [("says yes", lambda point: point["yes"]["said"])]
+        shown.append(("says yes to whether something is there", lambda point: point["yes"]["said"]))
     made = []
-    for title, read in shown:
-        series: list[Series] = [("dense", {"no layer": read(next(p for p in points if not p["method"]))}, GREY)]
-        for k, method in enumerate(methods):
-            own = {_where(p): read(p) for p in points if p["method"] == method}
-            series.append((method, own, panels.colour(k)))
-        made.append((title, series))
-    return panels.values(made, "share of questions, 95 % interval", share=True)
+    for method in dict.fromkeys(point["method"] for point in points if point["method"]):
+        own = {"none (dense)": dense, **{_where(point): point for point in points if point["method"] == method}}
+        series: list[Series] = [
+            (name, {where: read(point) for where, point in own.items()}, panels.colour(k)) for k, (name, read) in enumerate(shown)
+        ]  # fmt: skip
+        made.append((method, series))
+    return panels.values(made, "share of questions", share=True)
 
 
 def _accuracy(point: Mapping[str, Any]) -> dict[str, float]:
@@ -102,13 +102,12 @@ def _where(point: Mapping[str, Any]) -> str:
 def attention(summary: Mapping[str, Any]) -> Pair:
     """A panel for each flow: mass by layer, the dense model beside every mask on all layers."""
     whole = widest(summary)
-    names = [summary["dense"], *(point["name"] for point in whole)]
     made = []
     for flow, (title, _) in FLOWS.items():
-        lines: list[Line] = [("dense", summary["masses"][names[0]][flow], GREY, True)]
-        lines += [
+        lines: list[Line] = [
             (p["method"], summary["masses"][p["name"]][flow], panels.colour(k), False) for k, p in enumerate(whole)
-        ]  # fmt: skip
+        ]
+        lines.append(("dense", summary["masses"][summary["dense"]][flow], GREY, True))
         made.append((title, lines))
     layers = list(range(summary["n_layers"]))
     return panels.curves(made, [layers] * len(made), "layer", "share of attention")
@@ -141,10 +140,10 @@ def report(summary: Summary, setting: Setting) -> str:
         f"The dense model answers {dense['accuracy']:.1%} [{dense['accuracy_low']:.1%}, {dense['accuracy_high']:.1%}].", "",
         *(f"- {_told(summary, point, dense)}" for point in widest(summary)), "", *_least(summary), "",
         "![accuracy](figures/accuracy.png)", "",
-        "Each mask on each part of the depth. "
-        + (f"Right: how often {summary['n_existence']} questions of existence are answered with yes; the thing is there in "
-           f"{dense['yes']['there']['value']:.0%}. " if summary["n_existence"] else "")
-        + "Bars are 95 % Wilson intervals.", "",
+        "Each mask on each part of the depth: right answers"
+        + (f", and how often {summary['n_existence']} questions of existence are answered with yes (the thing is there in "
+           f"{dense['yes']['there']['value']:.0%})" if summary["n_existence"] else "")
+        + ". Bars are 95 % Wilson intervals.", "",
         "## Where attention goes", "", "![attention](figures/attention.png)", "",
         f"Share of attention by layer, heads averaged, over {summary['n_looked']} prompts with a 95 % bootstrap interval: the dense model, and each mask "
         f"on as many layers as it was put on.", "",
