@@ -79,6 +79,7 @@ class Bench:
     seed: int = 0
     memory: bool = True
     advance: Callable[[int], None] = lambda n: None
+    memory: bool = True  # whether peaks are measured
 
     @cached_property
     def sifted(self) -> tuple[tuple[Example, ...], dict[str, str]]:

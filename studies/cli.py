@@ -244,7 +244,7 @@ def study(
         _quiet_libraries()
         function = find_study(name)
         options = parse(name, function, context.args)
-        if name in ("speed", "backends", "analyses"):  # they bring their own model and data
+        if name in ("speed", "backends", "analyses", "compressing"):  # they bring their own model and data
             summary = function(out=out, seed=seed, device=device, dtype=dtype, quiet=quiet, **options)
         else:
             found = _load_data(data, limit, columns, seed)

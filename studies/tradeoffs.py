@@ -39,7 +39,7 @@ def tradeoffs(
     `tokens` how many tokens each timed answer has. `budget` is the share of the dense FLOPs that the plan from evidence may take (0: no plan); it rests
     on `evidence_data` (other scenes of the demo) and on `runs` of information-flow and implicit-alignment, folders with commas between.
     """
-    kept, chosen = _shares(shares), _methods(methods)
+    kept, chosen = shares_of(shares), chosen_methods(methods)
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(setting.data), "shares": list(kept),
         "methods": chosen, "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed, "padding": setting.padding,
@@ -154,7 +154,8 @@ def _against(rows: Any, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
 # --- options -------------------------------------------------------------------------------------------------------------
 
 
-def _shares(text: str) -> tuple[float, ...]:
+def shares_of(text: str) -> tuple[float, ...]:
+    """Shares from an option. Raises StudyError for what is none."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -164,7 +165,8 @@ def _shares(text: str) -> tuple[float, ...]:
     return found
 
 
-def _methods(text: str) -> list[str]:
+def chosen_methods(text: str) -> list[str]:
+    """Token reducers from an option. Raises StudyError with the nearest name."""
     if text == "all":
         return list(METHODS)
     names = [name.strip() for name in text.split(",") if name.strip()]

@@ -116,6 +116,28 @@ def test_so_it_is_in_every_family(family):
     compared(subject, "no keys, ffn", toys.pair(subject), "right")
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("mode", ["block", "ffn", "attention"])
+def test_words_that_rest(family, mode):
+    """The contrast: pictures run on, the words do not; what is written are words, too."""
+    subject = opened(family)
+    rule = {"block": {"query": False, "ffn": False}, "ffn": {"ffn": False}, "attention": {"query": False}}[mode]
+    one = Skip(mode=mode, rows="text", layers=(1,))
+    encoded = subject.encode(toys.pair(subject))
+    words = ~visual_rows(subject, encoded)
+    physical = compressed(subject, one)
+    ran = tokens_run(physical, subject.encode(toys.pair(subject)[0]))[1]
+    found = said(physical, encoded)
+    wanted = slow.logits(subject, encoded, words, (1,), **rule)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        said(compressed(subject, one.model_copy(update={"simulated": True})), encoded), wanted, atol=1e-5, rtol=1e-5
+    )
+    assert ran.queries == (ran.keys if mode == "ffn" else int((~words)[0].sum()))
+    if family == "llava":
+        check_written(subject, one, rule, lambda encoded: words, (1,), beyond=True)
+
+
 def test_how_many_were_compared():
     assert len(seen_cases) == len(PERCEPTUAL) * 3 + (len(FAMILIES) - 1) * 4
     assert len({family for family, *_ in seen_cases}) == len(FAMILIES)
@@ -193,10 +215,10 @@ def test_two_calls_equal_one_under_a_dense_mask():
     visual = torch.zeros(1, 12, dtype=torch.bool)
     visual[0, 3:8] = True
     rows = Rows.of(visual)
-    assert rows.segments() == [(0, 3), (8, 12)]
+    assert rows.segments == ((0, 3), (8, 12))
     q, k, v = torch.randn(3, 1, 2, 12, 8).unbind(0)
     attend = torch.nn.functional.scaled_dot_product_attention
-    words = rows.text[0]
+    words = rows.running[0]
     dense = attend(q[:, :, words], k, v, attn_mask=torch.ones(12, 12, dtype=torch.bool).tril()[words])
     before = attend(q[:, :, :3], k[:, :, :3], v[:, :, :3], is_causal=True)
     behind = attend(q[:, :, 8:], k, v, attn_mask=causal_lower_right(4, 12))
@@ -221,7 +243,9 @@ def test_both_ways_of_attending_agree_in_the_model(family, monkeypatch):
     monkeypatch.setattr(runtime, "_calls", noting)
     fast = said(compressed(subject, ShortV(layers=LAYERS)), encoded)
     monkeypatch.setattr(
-        runtime, "_calls", lambda rows, mask, length, kernel: [(rows.text, None, runtime.mask_of(None, rows.text, length))]
+        runtime,
+        "_calls",
+        lambda rows, mask, length, kernel: [(rows.running, None, runtime.mask_of(None, rows.running, length))],
     )
     dense = said(compressed(subject, ShortV(layers=LAYERS)), encoded)
     torch.testing.assert_close(fast, dense, atol=1e-5, rtol=1e-5)
@@ -246,7 +270,7 @@ def extended(encoded, written):
     return inputs
 
 
-def check_written(subject, one, rule, rows_of, layers):
+def check_written(subject, one, rule, rows_of, layers, beyond=False):
     """Each of five tokens of a padded batch from the cache, against whole passes without one, what the rule leaves out taken out."""
     encoded = subject.encode(toys.pair(subject))
     length = encoded.inputs["input_ids"].shape[1]
@@ -257,7 +281,7 @@ def check_written(subject, one, rule, rows_of, layers):
         written = made.sequences[:, length:]
         for step, logits in enumerate(made.logits):
             inputs = extended(encoded, written[:, :step])
-            rows = torch.nn.functional.pad(rows_of(encoded), (0, step))
+            rows = torch.nn.functional.pad(rows_of(encoded), (0, step), value=beyond)
             if one.rows == "all":
                 rows = torch.ones_like(rows)
                 rows[:, :length] &= one.when != "answer"

@@ -150,7 +150,7 @@ def test_a_plan_from_evidence_stands_beside_what_it_must_beat(stranger, tmp_path
     setting = Setting(load(stranger), load_data("demo", 3), tmp_path / "r")
     found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0, budget=0.6)
     assert found["evidence_plan"]["name"] == "evidence plan"
-    assert found["evidence_plan"]["flops_ratio"] <= 0.61
+    assert found["evidence_plan"]["flops_ratio"] <= 0.6 * 1.02
     rivals = [point for point in found["points"] if point["name"].startswith("no evidence: ")]
     assert {point["name"] for point in rivals} == set(found["plan"]["rivals"])
     assert len(rivals) >= 3
