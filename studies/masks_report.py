@@ -166,7 +166,11 @@ def _told(summary: Mapping[str, Any], point: Mapping[str, Any], dense: Mapping[s
             f" It says yes to {point['yes']['said']['value']:.0%} of the questions of existence (dense {dense['yes']['said']['value']:.0%}), to "
             f"{point['yes']['absent']['value']:.0%} of those about things that are not there (dense {dense['yes']['absent']['value']:.0%})."
         )
-    return text
+    broke = {kind: len(k["broke"]) for kind, k in point["by_kind"].items() if k["broke"]}
+    lost = ", ".join(
+        f"{n} of {point['by_kind'][kind]['n']} {kind}" for kind, n in sorted(broke.items(), key=lambda one: -one[1])
+    )
+    return f"{text} Right before and wrong now: {lost or 'none'}."
 
 
 def _least(summary: Mapping[str, Any]) -> list[str]:
