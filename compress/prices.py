@@ -8,11 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from compress.budget import Budget
+from compress.cost import cost
 from compress.damage import KINDS, layer_damage, token_damage
 from compress.evidence import gather
 from compress.passes.base import Evidence, Pass, find_pass
 from compress.passes.layers import refuse_layers
 from compress.passes.tokens import Pyramid, Tokens, Withdraw, place
+from compress.recipe import compress
 from probe.analysis.stats import bootstrap_mean
 from probe.errors import PassError
 from probe.example import Example
@@ -37,6 +39,7 @@ class Price:
     layer: int
     damage: Interval
     step: Pass | None = None
+    choosing: float = 0.0  # what choosing tokens costs, as a share of the dense FLOPs of reading a prompt
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,23 @@ def _tokens(
     found = []
     for step in _token_steps(subject.n_layers):
         try:
-            found.append(Price("tokens", 0, interval(token_damage(subject, step, batches, clean), seed), step))
+            damage = interval(token_damage(subject, step, batches, clean), seed)
+            found.append(Price("tokens", 0, damage, step, _choosing(subject, step, batches[0])))
         except PassError as error:
             notes.append(f"tokens: {error}")
         advance(1)
     return found
+
+
+def _choosing(subject: Subject, step: Pass, batch: Encoded) -> float:
+    """What choosing costs on the first prompt of a batch; what has no closed form counts for nothing."""
+    prompt = subject.encode(batch.examples[0])
+    dense = cost(subject, prompt).total_macs
+    smaller = compress(subject, [step], in_place=True)
+    try:
+        return (cost(smaller, prompt).macs["selector"] or 0.0) / dense
+    finally:
+        smaller.detach()
 
 
 def _token_steps(n_layers: int) -> list[Pass]:

@@ -14,8 +14,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from compress.passes.prune import pruned
+from compress.pruning import Pattern
 from probe.alignment import gather_anchors, read_alignment, sides_of
 from probe.analysis.alignment import mean_over_pairs, unit
+from probe.calibration import linear_maps
 from probe.example import Example
 from probe.likelihood import Method, score_options
 from probe.subject import Subject
@@ -25,12 +28,15 @@ from studies.speed import SCHEMA, interleaved, paired
 from studies.study import Summary, study
 
 EXAMPLES, WORDS = 200, 80  # of an implicit-alignment study: how many there are, and how many are read through the vocabulary
+CALIBRATED = 16  # examples that Wanda looks at
 OPTIONS = ("red", "two blue circle", "left", "there is a green star")
 GOALS = {
     "alignment_over_forwards": (f"implicit alignment of {EXAMPLES} examples / {EXAMPLES} forwards", "at most 1.3"),
     "pairs_speedup": (f"all pairs of {EXAMPLES} examples: double loop / closed form", "at least 100"),
     "pairs_difference": ("  their largest difference", "at most 1e-6"),
     "likelihood_over_one_by_one": (f"likelihood of {len(OPTIONS)} options: one by one / prompt once", "at least 2.5"),
+    "wanda_over_forwards": (f"Wanda by dense states, {CALIBRATED} examples / their forwards", "at most 1.2"),
+    "wanda_rerun_over_forwards": ("  by pruned states (layers run twice) / twice their forwards", "at most 1.2"),
     "likelihood_difference": ("  their largest difference", "at most 1e-5 in float32"),
 }  # fmt: skip
 
@@ -80,13 +86,15 @@ def analyses(
     pairs = interleaved({"closed form": lambda: _closed(a, b), "double loop": lambda: _loop(a, b)}, 3, target, quiet)
     seconds |= pairs
     plain, words = (paired(seconds, name, "forward") for name in ("alignment", "alignment with words"))
+    calibrated = _pruned(subject, asked, rounds, target, quiet)
+    seconds |= calibrated.pop("seconds")
     likelihood = _likelihood(subject, asked, rounds, target, quiet)
     seconds |= likelihood.pop("seconds")
     summary: Summary = {
         "run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes,
         "alignment_over_forwards": ((EXAMPLES - WORDS) * plain + WORDS * words) / EXAMPLES,
         "pairs_speedup": paired(pairs, "double loop", "closed form"), "pairs_difference": abs(_closed(a, b) - _loop(a, b)),
-        **likelihood,
+        **likelihood, **calibrated,
     }  # fmt: skip
     run.write(
         "all", [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
@@ -108,6 +116,20 @@ def _likelihood(subject: Subject, asked: Example, rounds: int, target: torch.dev
         "seconds": seconds, "likelihood_over_one_by_one": paired(seconds, "whole", "prefix"),
         "likelihood_difference": max(abs(x - y) for x, y in zip(once, each, strict=True)),
     }  # fmt: skip
+
+
+def _pruned(subject: Subject, asked: Example, rounds: int, target: torch.device, quiet: bool) -> dict[str, Any]:
+    """Wanda at 50 % over a calibration set, its checks, sums, sorts and copies included, beside plain passes of the same prompts."""
+    batches = [subject.encode(replace(asked, id=f"calibration {i}")) for i in range(CALIBRATED)]
+    patterns = {name: Pattern(0.5) for name, _ in linear_maps(subject)}
+    timed: dict[str, Callable[[], Any]] = {
+        "calibration forwards": lambda: [last_logits(subject, one) for one in batches],
+        "wanda": lambda: pruned(subject, batches, "both", "wanda", patterns, rerun=False),
+        "wanda rerun": lambda: pruned(subject, batches, "both", "wanda", patterns),
+    }
+    seconds = interleaved(timed, min(3, rounds), target, quiet)
+    once, twice = (paired(seconds, name, "calibration forwards") for name in ("wanda", "wanda rerun"))
+    return {"seconds": seconds, "wanda_over_forwards": once, "wanda_rerun_over_forwards": twice / 2}
 
 
 def _closed(a: torch.Tensor, b: torch.Tensor) -> float:

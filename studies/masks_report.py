@@ -14,7 +14,7 @@ from studies.bench import Configuration
 from studies.points import sentence
 from studies.run import Run
 from studies.study import Setting, Summary
-from studies.tradeoffs import surely_worse
+from studies.tradeoffs_report import surely_worse
 from studies.work import curve
 
 FLOWS = {

@@ -58,6 +58,9 @@ STUDIES: dict[str, tuple[str, str]] = {
     "tradeoffs": (
         "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
     ),
+    "layer-skipping": (
+        "studies.layer_skipping", "Which layers do visual tokens need, which do words, and does a score tell before one tries?",
+    ),
     "token-reduction": ("studies.token_reduction", "Which visual tokens can go, and which way of choosing them is best?"),
     "before-after": ("studies.before_after", "What does compression change inside a model?"),
     "masks": ("studies.masks", "What does each attention mask do to a model that was trained without it?"),

@@ -63,7 +63,7 @@ def _parted(data: Data, count: int, most: int) -> tuple[tuple[Example, ...], tup
 
 def by_kind(setting: Setting, asked: Data, calibration: Sequence[Example], most: int) -> list[Group]:
     """What is asked: the kinds of questions that the data name."""
-    names = dict.fromkeys(e.tags.get("kind", "") for e in calibration)
+    names = dict.fromkeys(e.tags.get("kind", "") for e in asked.examples)
     return _enough([
         Group(name, setting.subject, tuple(e for e in calibration if e.tags.get("kind") == name),
               tuple(e for e in asked.examples if e.tags.get("kind") == name)[:most])

@@ -68,7 +68,9 @@ def subnetworks(
     ]  # fmt: skip
     total = len(work) + sum(len(family.rows) + 1 for family in families)
     with run.recorded(), progress("subnetworks", total, setting.quiet, "models") as advance:
-        benched = Bench(setting.subject, asked, setting.batch, 0, 1, seed=setting.seed)
+        benched = Bench(
+            setting.subject, asked, setting.batch, 0, 1, seed=setting.seed, memory=False
+        )  # zeros save neither time nor memory
         refused = {one.name: why for one, which in work if (why := _measured(run, benched, one, evidence[which], advance))}
         keys = [one.key for one, _ in work if one.name not in refused]
         for family in families:

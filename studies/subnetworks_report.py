@@ -14,7 +14,7 @@ from probe.plots.panels import GREY, Line, Series, curves, tables, values
 from probe.plots.style import COLOURS
 from studies.run import Run
 from studies.subnetwork_groups import BESIDE, TOGETHER, Family
-from studies.tradeoffs import surely_worse
+from studies.tradeoffs_report import surely_worse
 from studies.work import interval
 
 Points = Sequence[Mapping[str, Any]]

@@ -1,6 +1,7 @@
 """Rows that pass layers by: visual tokens, or all of them; whole blocks, their attention, or their feed-forward block."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from compress.passes.base import Change, Evidence, Pass, Stage
@@ -25,7 +26,7 @@ class SkipRows(Change):
         smaller.attached.append(SkipRuntime(smaller, self.rule, self.layers))
 
     def masked(self) -> Change:
-        return self.model_copy(update={"rule": self.rule.model_copy(update={"simulated": True})})
+        return self.model_copy(update={"rule": replace(self.rule, simulated=True)})
 
 
 def _planned(subject: Subject, rule: Rule, layers: Sequence[int]) -> list[Change]:

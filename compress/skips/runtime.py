@@ -26,6 +26,18 @@ from probe.attention import PREFIX
 from probe.errors import PassError, ReplayError
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The rows of a pass that rest, told once for all layers that have the same positions."""
+
+    now: Tensor | None  # the columns that it was made for; held, so that no other tensor takes its place in memory
+    resting: Bool[Tensor, "batch position"]
+    real: Bool[Tensor, "batch position"]
+    rows: Rows
+    some: bool
+    every: bool
+
+
 @dataclass
 class _Pass:
     """A call of the model: whether it reads a prompt, which of its positions are visual and which are real."""
@@ -33,6 +45,7 @@ class _Pass:
     prompt: bool
     visual: Bool[Tensor, "batch position"] | None
     real: Bool[Tensor, "batch position"] | None
+    splits: dict[int, _Split] = field(default_factory=dict)
     left: dict[int, Tensor] = field(default_factory=dict)  # for each layer without visual keys, which of its keys are real
     hidden: dict[int, Tensor] = field(default_factory=dict)  # the same where that is simulated: which of its keys are visual
 
@@ -99,7 +112,7 @@ class SkipRuntime:
         if cache is not None and getattr(cache, "is_compileable", False):
             raise PassError("a static cache has one length for all layers: rows are skipped with the default, dynamic cache")
         if cache is not None and cache.get_seq_length():  # what is read after a prompt runs whole, a later picture too
-            self.current = replace(self.past.get(cache) or _Pass(False, None, None), prompt=False)
+            self.current = replace(self.past.get(cache) or _Pass(False, None, None), prompt=False, splits={})
             return
         ids = args[0] if args else kwargs.get("input_ids")
         visual = None if self.rule.rows == "all" else self._visual(ids, kwargs)
@@ -139,15 +152,14 @@ class SkipRuntime:
             return self._all(layer, block, state, kwargs)
         if not current.prompt:
             return block.run(state, self._without_visual_keys(layer, kwargs, state))
-        visual, real = self._now(current)
-        resting = visual if rule.rows == "perceptual" else ~visual
-        if bool(resting.all()):
+        split = self._split_now(current)
+        if split.every:
             return self._all(layer, block, state, kwargs)
-        if not bool(resting.any()):
+        if not split.some:
             return block.run(state, kwargs)
         if rule.query or self._simulates(layer):
-            return self._in_place(layer, block, state, kwargs, resting)
-        found, output = self._apart(layer, block, state, kwargs, Rows.of(resting), real)
+            return self._in_place(layer, block, state, kwargs, split.resting)
+        found, output = self._apart(layer, block, state, kwargs, split)
         return with_state(output, found)
 
     def _simulates(self, layer: int) -> bool:
@@ -167,15 +179,18 @@ class SkipRuntime:
         """Whether a reducer chooses by the attention of this layer."""
         return any(one.layer == layer + 1 and "before" in one.needs for one in self.smaller.reducers)
 
-    def _now(self, current: _Pass) -> tuple[Tensor, Tensor]:
-        """Which of the positions that reducers have left are visual, and which are real."""
+    def _split_now(self, current: _Pass) -> _Split:
+        """The resting rows among the positions that reducers have left."""
         assert current.visual is not None
         assert current.real is not None
         reading = self.smaller.runtime.reading if self.smaller.runtime else None
-        if reading is None or reading.prompt is None:
-            return current.visual, current.real
-        now = reading.prompt.now
-        return masks.picked(current.visual, now), masks.picked(current.real, now)
+        now = reading.prompt.now if reading is not None and reading.prompt is not None else None
+        if id(now) not in current.splits:
+            visual, real = (one if now is None else masks.picked(one, now) for one in (current.visual, current.real))
+            resting = visual if self.rule.rows == "perceptual" else ~visual
+            some, every = bool(resting.any()), bool(resting.all())
+            current.splits[id(now)] = _Split(now, resting, real, Rows.of(resting), some, every)
+        return current.splits[id(now)]
 
     def _all(self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any]) -> Any:
         """Every row: what the rule leaves out is not run, or run and taken out again."""
@@ -259,17 +274,15 @@ class SkipRuntime:
 
     # --- the rows that run by themselves ---
 
-    def _apart(
-        self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any], rows: Rows, real: Tensor
-    ) -> tuple[Tensor, Any]:
+    def _apart(self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any], split: _Split) -> tuple[Tensor, Any]:
         """The running rows through the layer, the others past what they do without: the new state, and what the layer gave."""
-        cache, mask, length = kwargs.get("past_key_values"), kwargs.get("attention_mask"), state.shape[1]
+        cache, mask, length, rows = kwargs.get("past_key_values"), kwargs.get("attention_mask"), state.shape[1], split.rows
         own = picked_arguments({**kwargs, "attention_mask": None, "past_key_values": None}, rows.resting, length)
         beside, keys = self._beside(block, masks.gathered(state, rows.resting), own)
-        whole = put(state.clone(), rows.resting, beside)
+        whole = put(state.clone(), rows.resting, beside, rows.alike) if self.rule.ffn else state.clone()
         if not self.rule.kv:
             assert self.current is not None
-            self.current.left[layer] = masks.picked(real, rows.running)
+            self.current.left[layer] = masks.picked(split.real, rows.running)
             given = {**picked_arguments(kwargs, rows.running, length), "attention_mask": masks.compact(mask, rows.running)}
             output = block.run(masks.gathered(state, rows.running), given)
             return put(whole, rows.running, state_of(output)), output
@@ -281,7 +294,7 @@ class SkipRuntime:
             joined.index, joined.stop = index, stop
             given = {**picked_arguments(kwargs, index, length), "attention_mask": seen, "past_key_values": joined}
             output = block.run(masks.gathered(state, index), given)
-            put(whole, index, state_of(output))
+            put(whole, index, state_of(output), rows.alike)
         return whole, output
 
     def _beside(
@@ -322,16 +335,16 @@ class SkipRuntime:
 
 def _calls(rows: Rows, mask: Any, length: int, kernel: str) -> list[tuple[Tensor, int | None, Any]]:
     """The calls in which the words run: their rows, where the keys that they see end (None: at the end), and their mask."""
-    if mask is None and rows.alike and int(rows.running[0, -1]) == length - 1:
-        runs = rows.segments()
-        if "flash" in kernel or (kernel == "sdpa" and len(runs) <= 2):
-            return [
-                (
-                    torch.arange(start, stop, device=rows.running.device).expand(len(rows.running), -1),
-                    None if stop == length else stop, _aligned(stop - start, stop, kernel),
-                )
-                for start, stop in runs
-            ]  # fmt: skip
+    if (
+        mask is None
+        and rows.alike
+        and rows.segments[-1][1] == length
+        and ("flash" in kernel or (kernel == "sdpa" and len(rows.runs) <= 2))
+    ):
+        return [
+            (index, None if stop == length else stop, _aligned(stop - start, stop, kernel))
+            for index, (start, stop) in zip(rows.runs, rows.segments, strict=True)
+        ]
     return [(rows.running, None, mask_of(mask, rows.running, length))]
 
 

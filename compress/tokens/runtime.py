@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.tokens import masks
 from compress.tokens.choice import Kept, Seen
-from compress.tokens.guards import Reducer, per_token, refuse, refuse_windows
+from compress.tokens.guards import Reducer, refuse, refuse_windows, tokens_kept
 from compress.tokens.media import Medium, find_media
 from compress.tokens.prompt import Prompt
 from compress.tokens.tower import Tower
@@ -282,7 +282,7 @@ class TokenRuntime:
         medium = prompt.media[row][number]
         if reducer.select is None:
             return Kept(places[:0])
-        count = reducer.budget.count(len(medium), reducer.layer, self.subject.n_layers, per_token(self.subject))
+        count = tokens_kept(self.subject, reducer, len(medium))
         if count >= len(places):
             return Kept(torch.arange(len(places), device=places.device))
         before = sum(len(media) for media in prompt.media[:row]) + number

@@ -137,7 +137,7 @@ def test_layers_are_numbered_anew_after_some_have_gone():
         Price("tokens", 0, (0, 0, 0), Tokens(method="fastv", layer=3)),
         frozenset({1, 2}),
         frozenset({0, 3}),
-        frozenset({3, 5}),
+        frozenset({5}),
     )
     found = steps(draft, n)
     assert [one.title for one in found] == ["remove-layers", "shortv", "tokens", "withdraw"]
@@ -189,7 +189,7 @@ def test_a_plan_meets_its_budget_and_says_why(budget):
     share = mean_cost(smaller, prompts)
     dense = mean_cost(subject, prompts)
     smaller.detach()
-    assert (share.macs - (share.by_phase["selector"] or 0)) / dense.macs <= budget * 1.01
+    assert share.macs / dense.macs <= budget * 1.01
     assert found.choices
     assert all("nats" in one.why and one.saves > -1e-9 for one in found.choices)
     assert found.tried[0].measured[0] == min(one.measured[0] for one in found.tried)
@@ -244,5 +244,5 @@ def test_a_plan_without_examples_is_refused():
 
 def test_a_model_without_visual_rows_is_planned_by_layers_or_refused():
     subject = opened_crossed()
-    with pytest.raises(PassError, match="take a larger budget|can be applied|has no steps"):
+    with pytest.raises(PassError, match="take a larger budget"):
         plan(subject, asked(subject), 0.6)

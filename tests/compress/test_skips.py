@@ -215,7 +215,7 @@ def test_two_calls_equal_one_under_a_dense_mask():
     visual = torch.zeros(1, 12, dtype=torch.bool)
     visual[0, 3:8] = True
     rows = Rows.of(visual)
-    assert rows.segments() == [(0, 3), (8, 12)]
+    assert rows.segments == ((0, 3), (8, 12))
     q, k, v = torch.randn(3, 1, 2, 12, 8).unbind(0)
     attend = torch.nn.functional.scaled_dot_product_attention
     words = rows.running[0]

@@ -8,14 +8,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress import saving
+from compress.budget import Budget
 from compress.cost import cost
+from compress.passes.layers import RemoveLayers
 from compress.passes.removal import HideUnits, RemoveHeads, RemoveNeurons
+from compress.passes.skips import Skip
+from compress.passes.tokens import Tokens
 from compress.passes.width import Width
 from compress.recipe import compress
 from compress.smaller import Smaller
 from compress.structure import units_of
-from probe import load
-from probe.errors import PassError
+from probe import Knockout, Mass, Rows, load, trace
+from probe.errors import EditError, PassError
 from probe.tracing import last_logits
 from tests import toys
 
@@ -232,3 +236,37 @@ def test_layers_that_share_keys_or_weights_lose_none(monkeypatch):
     monkeypatch.setattr(subject.config.get_text_config(), "num_kv_shared_layers", 2, raising=False)
     with pytest.raises(PassError, match="share keys and values"):
         units_of(subject, "heads")
+
+
+def test_with_other_passes(tmp_path):
+    """Layers renumbered before, skipped or emptied of tokens after: one ledger makes it all again."""
+    subject = subject_of("llava")
+    steps = [
+        RemoveLayers(layers=(1,)), Width(score="magnitude", heads=0.4, neurons=0.4, allocation="global"), Skip(layers=(1,), mode="ffn"),
+        Tokens(method="fastv", budget=Budget(keep=0.9, unit="flops_ratio"), layer=2),
+    ]  # fmt: skip
+    smaller = compress(subject, steps)
+    again = saving.load(saving.save(smaller, tmp_path / "m"), device="cpu", check=False)
+    try:
+        torch.testing.assert_close(
+            last_logits(again, encoded("llava")), last_logits(smaller, encoded("llava")), atol=1e-5, rtol=1e-5
+        )
+        one = smaller.encode(toys.pair(smaller)[:1])
+        assert cost(smaller, one).layers == cost(again, one).layers
+        assert cost(smaller, one).ran[2].queries < cost(smaller, one).ran[0].queries
+    finally:
+        smaller.detach()
+        again.detach()
+
+
+def test_what_is_recorded_of_layers_that_differ_in_heads():
+    smaller = made("llava", "heads", "uneven")
+    counts = [units.count for units in units_of(smaller, "heads")[0].values()]
+    assert sorted(counts) == [1, 1, 2, 2]
+    whole = [layer for layer, count in enumerate(counts) if count == 2]
+    for recorder in (Mass(), Rows()):
+        with pytest.raises(EditError, match="of this model differ in heads: record layers that have the same number"):
+            trace(smaller, encoded("llava"), [recorder])
+    assert trace(smaller, encoded("llava"), [Mass(layers=whole)])["mass"].tensor.shape[2] == 4
+    with pytest.raises(EditError, match="head 3 does not exist: the model has heads 0 to 1"):
+        trace(smaller, encoded("llava"), [], [Knockout("last", "image", heads=[3])])

@@ -107,7 +107,7 @@ def test_wrong_options_are_named(stranger, tmp_path):
         masks(setting, methods="naavitt")
     with pytest.raises(StudyError, match="whole numbers with commas"):
         masks(setting, parts="half")
-    with pytest.raises(StudyError, match="can be cut into 1 to 3 parts, not into 9"):
+    with pytest.raises(StudyError, match="can be cut into 1 to 8 parts, not into 9"):
         masks(setting, parts="9")
     with pytest.raises(StudyError, match="shows the model nothing"):
         masks(Setting(load(stranger), load_data("demo:text", 2), tmp_path / "r"))
