@@ -68,13 +68,37 @@ def test_vqa_accuracy_of_few_people_and_the_published_reading():
 CHOICES = {
     "B": 1, "(b)": 1, "B. blue": 1, "The answer is C.": 2, "Answer: A": 0, "blue": 1, "It is the blue one": 1, "red or blue": None, "": None,
     "E": None, "A hot dog": 3, "A dog, I think": 2, "the answer is a dog": 2,
+    # several, or a denial
+    "A or B": None, "Option A or option B": None, "Neither A nor B.": None, "The answer is not B.": None, "It is not red": None,
+    "The answer is B or C": None, "A, B": None, "B rather than C": None, "(B) is not right": None, "I don't think that it is red": None,
+    "There is no dog": None, "A. red B. blue": None, "B is wrong, and so is C": None, "The answer is A or B.": None, "B/C": None,
+    # denials of something else
+    "B. It is not red": 1, "The answer is B, because it is not C.": 1, "No, it is red": 0, "B, as nothing is not blue": 1,
+    # Markdown
+    "**B**": 1, "the answer is: **B**": 1, "**Answer:** `C`": 2, "### B": 1, "_blue_": 1, "**B.** blue": 1, "It is **not** red": None,
+    "B, I think": 1, "B. A dog": 1, "**Option B** or **option C**": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", CHOICES)
 def test_an_answer_names_an_option_or_none(text):
     assert parse_choice(text, ["red", "blue", "dog", "hot dog"]) == CHOICES[text]
-    assert len(CHOICES) == 13
+    assert len(CHOICES) == 42
+
+
+def test_what_an_option_says_itself_is_no_letter_and_no_denial():
+    options = ["Vitamin D", "Vitamin C", "not enough light", "none of these"]
+    assert parse_choice("B. Vitamin C", options) == 1
+    assert parse_choice("It is vitamin C.", options) == 1
+    assert parse_choice("C) not enough light", options) == 2
+    assert parse_choice("There is not enough light", options) == 2
+    assert parse_choice("None of these is right", options) == 3
+    assert [parse_choice(text, ["yes", "no"]) for text in ("No it is not there", "no", "There is no", "yes or no")] == [
+        1,
+        1,
+        1,
+        None,
+    ]
 
 
 def test_without_letters_a_letter_is_a_word():
@@ -97,14 +121,17 @@ PARSED = {  # text: (what is said, what the published parser takes it for)
     "Yes": ("yes", "yes"), "yes, there is": ("yes", "yes"), "No": ("no", "no"), "no.": ("no", "no"), "There is not a dog": ("no", "no"),
     "nothing": ("no", "yes"), "": ("unknown", "yes"), "banana": ("unknown", "yes"), "There isn't any": ("no", "yes"),
     "There is a dog. No cat.": ("yes", "yes"), "NO": ("no", "yes"), "I cannot see one": ("no", "yes"), "well yes and not": ("unknown", "no"),
-    "No, there is": ("no", "no"),
+    "No, there is": ("no", "no"), "1. Yes": ("yes", "yes"), "1) No.": ("no", "no"), "- Yes": ("yes", "yes"), "there's a dog": ("yes", "yes"),
+    "There\u2019s one": ("yes", "yes"), "It is not clear": ("unknown", "no"), "I am not sure": ("unknown", "no"), "I can't tell": ("unknown", "yes"),
+    "It cannot be determined": ("unknown", "yes"), "It isn't entirely clear": ("unknown", "yes"), "There is no way to tell": ("unknown", "no"),
+    "There is not a clear dog": ("no", "no"), "The dog is not visible": ("no", "no"), "**Yes**": ("yes", "yes"), "2 dogs": ("unknown", "yes"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", PARSED)
 def test_yes_and_no_are_told_apart(text):
     assert (parse_yes_no(text), parse_yes_no(text, "official")) == PARSED[text]
-    assert len(PARSED) == 14
+    assert len(PARSED) == 29
 
 
 def test_pope_by_hand():
@@ -154,6 +181,27 @@ def test_golden_captions():
     assert coco().objects(["Hot Dogs"], ["a puppy"]) == {"hot dog", "dog"}
 
 
+CAPTIONS = {
+    "a baseball player": ["person"], "a baseball game": [], "a basketball court": [], "a football stadium": [], "a volleyball match and a ball": ["sports ball"],
+    "two baseball players with baseball bats and a baseball": ["person", "baseball bat", "sports ball"], "baseball teams": [],
+    "a table tennis racket": ["tennis racket"], "a game of table tennis": [], "a TV screen": ["tv"], "a computer monitor": ["tv"],
+    "a laptop screen": ["laptop"], "a desk chair": ["chair"], "a desk, chair and computer": ["dining table", "chair", "laptop"],
+    "a computer desk": ["dining table"], "a baby girl": ["person"], "a man, woman and child": ["person"] * 3, "a hot, dog": ["dog"],
+    "a teddy bear, bear cub": ["teddy bear", "bear"], "the dog's puppy": ["dog"], "a television and a TV": ["tv", "tv"], "a stop-sign": ["stop sign"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_what_a_caption_mentions(caption):
+    assert [m.name for m in coco().mentions(caption)] == CAPTIONS[caption]
+    assert len(CAPTIONS) == 22
+
+
+def test_names_side_by_side_are_one_mention_with_all_their_words():
+    (found,) = coco().mentions("on the TV screen")
+    assert (found.words, found.at) == ("tv screen", 2)
+
+
 def test_a_vocabulary_of_ones_own():
     own = Vocabulary({"circle": ["ring", "disc"], "digit": ["number"]}, {"key ring": None})
     assert [m.name for m in own.mentions("rings, a key ring, and numbers")] == ["circle", "digit"]
@@ -174,8 +222,22 @@ def test_triplets():
     assert value["CG"] == pytest.approx(value["OA"] - value["GA"])
     assert value["CG"] >= 0
     assert value["AA"] == pytest.approx((value["OA"] + value["PA"] + value["KA"]) / 3)
+    again = [np.random.default_rng(k).choice(200, 200) for k in range(400)]  # triplets drawn with all their questions
+    shares = np.array([right for _, _, right in rows], float).reshape(200, 3).mean(1)
+    low, high = np.percentile([shares[draw].mean() for draw in again], [2.5, 97.5])
+    assert (found.scores["AA"].low, found.scores["AA"].high) == pytest.approx((low, high), abs=0.01)
     none = mmevalpro([("1", "Origin", False), ("1", "Perception", True), ("1", "Knowledge", True)]).scores
     assert none["PC"].value is none["KC"].value is None
+    assert mmevalpro([]).scores["AA"].value is None
+
+
+def test_questions_of_one_triplet_are_not_independent():
+    """Where all three of a triplet are right, or none, there are 30 observations and not 90."""
+    found = mmevalpro([(str(t), part, t % 2 == 0) for t in range(30) for part in PARTS]).scores
+    low, high = wilson(15, 30)
+    assert (found["AA"].numerator, found["AA"].denominator, found["AA"].n) == (45, 90, 30)
+    assert found["AA"].high - found["AA"].low == pytest.approx(high - low, abs=0.04)
+    assert found["AA"].high - found["AA"].low > 1.5 * (wilson(45, 90)[1] - wilson(45, 90)[0])
 
 
 @pytest.mark.parametrize("n", [3, 10, 23, 40])
