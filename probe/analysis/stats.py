@@ -30,6 +30,11 @@ def bootstrap_mean(values: Float[np.ndarray, "example *rest"], seed: int = 0, re
     return Interval(mean, low, high)
 
 
+def ends(low: float, high: float) -> tuple[float, float] | tuple[None, None]:
+    """The ends of a bootstrap interval; None twice where they are one. Draws that all agree say nothing of how sure a number is."""
+    return (float(low), float(high)) if high - low > 1e-12 * max(1.0, abs(low), abs(high)) else (None, None)
+
+
 def resampled_means(
     values: Float[np.ndarray, "example *rest"], seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "resample *rest"]:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from probe.analysis.stats import mcnemar, paired_difference, wilson
+from probe.analysis.stats import ends, mcnemar, paired_difference, wilson
 from probe.errors import DataError, StudyError
 from probe.likelihood import Likelihood
-from studies.tasks.scores import Score, average, proportion
+from studies.tasks.scores import Score, average, drawable, proportion
 from studies.tasks.scores_bigbench import bigbench
 from studies.tasks.scores_chair import chair, read_caption
 from studies.tasks.scores_chef import bins, ece, mr, riam, rr, rrm
@@ -15,6 +15,8 @@ from studies.tasks.scores_mmevalpro import PARTS, mmevalpro
 from studies.tasks.scores_pope import asked_object, auroc, parse_yes_no, pope
 from studies.tasks.scores_text import exact_match, vqa_accuracy, vqa_answer, vqa_item
 from studies.tasks.vocabulary import Vocabulary, coco, singular
+from studies.telling import above, below, bracketed, ranged
+from studies.work import interval, share
 from tests.oracles.scores import area_by_pairs, ece_by_hand, vqa_by_subsets
 
 
@@ -284,3 +286,38 @@ def test_paired_comparisons():
     assert float(found.value) == pytest.approx(4 / 7)
     assert found.low <= found.value <= found.high
     assert np.isnan(paired_difference(np.array([np.nan]), np.array([1.0])).value)
+
+
+def test_where_all_draws_agree_there_is_no_interval():
+    found = pope(["yes"] * 3 + ["no"] * 2, [True] * 3 + [False] * 2)
+    assert (found["f1"].value, found["f1"].low, found["f1"].high) == (1.0, None, None)
+    assert (found["accuracy"].low, found["accuracy"].high) == wilson(5, 5)  # a proportion has one all the same
+    apart = auroc([0.9] * 5 + [0.1] * 5, [True] * 5 + [False] * 5)
+    assert (apart.value, apart.low, apart.high) == (1.0, None, None)
+    assert average("x", [0.3, 0.3, 0.3]).low is None
+    assert ends(0.1 + 0.2, 0.3) == (None, None)  # rounding is no spread
+    assert ends(0.3, 0.31) == (0.3, 0.31)
+    drawn = drawable({"f1": found["f1"].as_dict(), "gone": None})
+    assert drawn["f1"]["value"] == 1.0
+    assert np.isnan(drawn["f1"]["low"])
+
+
+def test_reports_say_that_there_is_no_interval():
+    same, spread = interval(np.zeros(8)), interval(np.array([0.0, 1.0] * 8))
+    assert bracketed(same, "+.2f") == "+0.00 [no interval: all draws agree]"
+    assert ranged({"value": 0.5, "low": 0.5, "high": 0.5}, ".1f") == "0.5 (no interval: all draws agree)"
+    assert bracketed(interval(np.array([0.7])), ".1f") == "0.7 [no interval: one item]"
+    assert ranged({"value": 0.5, "low": 0.25, "high": 0.75}, ".2f") == "0.50 (0.25 to 0.75)"
+    assert spread["low"] < 0.5 < spread["high"]
+    assert [above(interval(np.ones(n))) for n in (1, 5, 6)] == [False, False, True]
+    assert [below(interval(-np.ones(n))) for n in (5, 6)] == [False, True]
+    assert [above(same), below(same), above(spread), above(spread, 0.5)] == [False, False, True, False]
+    assert not above({"value": None, "low": None, "high": None})
+
+
+def test_shares_at_the_edge_have_an_interval():
+    for hits in (0, 24):
+        found = share(np.array([1.0] * hits + [0.0] * (24 - hits)))
+        assert (found["value"], found["low"], found["high"], found["n"]) == (hits / 24, *wilson(hits, 24), 24)
+    parts = np.array([0.5, 1.0, np.nan])  # two phrases of one scene: no proportion
+    assert share(parts) == interval(parts)
