@@ -16,6 +16,7 @@ from studies.bench import Configuration
 from studies.points import sentence
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import bracketed
 from studies.tradeoffs_report import surely_worse
 from studies.work import curve
 
@@ -234,7 +235,7 @@ def _row(point: Mapping[str, Any]) -> str:
     pairs = "" if point["pairs"] is None else f"{point['pairs']:.0%}"
     return (
         f"| {point['method'] or 'none (dense)'} | {point['layers']} | {point['accuracy']:.1%} [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}] | "
-        f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}] | {point['divergence']['value']:.3f} | {said} | {absent} | {pairs} | "
+        f"{bracketed(change, '+.1%')} | {point['divergence']['value']:.3f} | {said} | {absent} | {pairs} | "
         f"{point['flops_ratio']:.0%} |"
     )
 
