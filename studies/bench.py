@@ -66,8 +66,7 @@ def _steps(recipe: Recipe) -> list[dict[str, Any]]:
 class Bench:
     """Measures configurations of one dense model on the same examples.
 
-    `rounds` of `tokens` written tokens are timed in turns with the dense model (0 leaves the times out); without `memory` peaks are not measured
-    (`peak_memory` None). The dense answers are computed once.
+    `rounds` of `tokens` written tokens are timed in turns with the dense model (0 leaves the times out). The dense answers are computed once.
     """
 
     dense: Subject
