@@ -1,6 +1,6 @@
 """What the demo can still do with fewer neurons and heads, by how they were chosen: `python examples/narrow.py`.
 
-Each row is one recipe, each column one score; calibrated on questions about scenes that are not asked. Prints a Markdown table: right answers in
+Each row is one recipe, each column one score, calibrated on questions about scenes that are not asked (`words`: on their words alone). Prints a Markdown table: right answers in
 percent, and the decoder's multiply-adds of reading a prompt beside the whole model's. Random is the mean over three seeds. A star: McNemar's exact test over the
 same questions, corrected over the table (Benjamini-Hochberg, 5 %), tells it from the random choice of the first seed.
 """
@@ -29,6 +29,7 @@ CUTS = {
 }
 SCORES = {
     "flap": {"score": "flap"},
+    "flap, words": {"score": "flap", "side": "textual"},
     "flap, bias": {"score": "flap", "compensate": True},
     "taylor": {"score": "taylor"},
     "magnitude": {"score": "magnitude"},

@@ -66,7 +66,8 @@ def _steps(recipe: Recipe) -> list[dict[str, Any]]:
 class Bench:
     """Measures configurations of one dense model on the same examples.
 
-    `rounds` of `tokens` written tokens are timed in turns with the dense model (0 leaves the times out). The dense answers are computed once.
+    `rounds` of `tokens` written tokens are timed in turns with the dense model (0 leaves the times out); without `memory` peaks are not measured
+    (`peak_memory` None). The dense answers are computed once.
     """
 
     dense: Subject
@@ -76,6 +77,7 @@ class Bench:
     tokens: int = 8
     max_new_tokens: int = 4
     seed: int = 0
+    memory: bool = True
     advance: Callable[[int], None] = lambda n: None
     memory: bool = True  # whether peaks are measured
 

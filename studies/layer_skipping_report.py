@@ -32,11 +32,11 @@ def figures(run: Run, summary: Summary) -> None:
     sizes = [0, *summary["sizes"]]
     ways = [line for line in _ways(summary) if line is not None]
     contrast: list[Line] = [
-        (ROWS[rows], _from_zero(found["difference"], 0.0), COLOURS[i], rows == "all")
-        for i, (rows, found) in enumerate(summary["contrast"].items()) if found
+        (ROWS[rows], _from_zero(found["difference"], 0.0), colour, rows == "all")
+        for colour, (rows, found) in zip((COLOURS[0], COLOURS[4], COLOURS[6]), summary["contrast"].items(), strict=True) if found
     ]  # fmt: skip
-    grown: list[tuple[str, list[Line]]] = [("visual tokens, layers chosen by", ways)] if ways else []
-    grown.append((f"chosen by {_named(summary['ranked_by'])}", contrast))
+    grown: list[tuple[str, list[Line]]] = [("visual tokens, by each ranking", ways)] if ways else []
+    grown.append((f"by {_named(summary['ranked_by'])}", contrast))
     run.figure(
         "growing", *curves(grown, [sizes] * len(grown), "layers passed by", "accuracy, less the dense model's", share=False)
     )

@@ -14,6 +14,7 @@ from studies.bench import Configuration
 from studies.points import sentence
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import bracketed
 from studies.tradeoffs_report import surely_worse
 from studies.work import curve
 
@@ -166,7 +167,11 @@ def _told(summary: Mapping[str, Any], point: Mapping[str, Any], dense: Mapping[s
             f" It says yes to {point['yes']['said']['value']:.0%} of the questions of existence (dense {dense['yes']['said']['value']:.0%}), to "
             f"{point['yes']['absent']['value']:.0%} of those about things that are not there (dense {dense['yes']['absent']['value']:.0%})."
         )
-    return text
+    broke = {kind: len(k["broke"]) for kind, k in point["by_kind"].items() if k["broke"]}
+    lost = ", ".join(
+        f"{n} of {point['by_kind'][kind]['n']} {kind}" for kind, n in sorted(broke.items(), key=lambda one: -one[1])
+    )
+    return f"{text} Right before and wrong now: {lost or 'none'}."
 
 
 def _least(summary: Mapping[str, Any]) -> list[str]:
@@ -206,7 +211,7 @@ def _row(point: Mapping[str, Any]) -> str:
     pairs = "" if point["pairs"] is None else f"{point['pairs']:.0%}"
     return (
         f"| {point['method'] or 'none (dense)'} | {point['layers']} | {point['accuracy']:.1%} [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}] | "
-        f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}] | {point['divergence']['value']:.3f} | {said} | {absent} | {pairs} | "
+        f"{bracketed(change, '+.1%')} | {point['divergence']['value']:.3f} | {said} | {absent} | {pairs} | "
         f"{point['flops_ratio']:.0%} |"
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from probe.analysis.stats import benjamini_hochberg
 from studies.points import broken, sentence, table
+from studies.telling import bracketed
 
 
 def report(summary: Mapping[str, Any]) -> str:
@@ -63,7 +64,7 @@ def _plan(summary: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     for name, found in plan["against"].items():
         lines.append(
-            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {found['value']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}] |"
+            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {bracketed(found, '+.1%')} |"
         )
     sure = sum(found["low"] > 0 for found in plan["against"].values())
     return [*lines, "", f"The plan beats {sure} of {len(plan['against'])} of them beyond the 95 % interval.", ""]
@@ -96,7 +97,7 @@ def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Sequence
         change = cheapest["difference"]
         text += (
             f"The step that saves most while losing less than 5 points by its interval is *{cheapest['name']}*: {cheapest['flops_ratio']:.0%} of the FLOPs, "
-            f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]. It was picked among {len(steps)} on the questions that it is judged by: "
+            f"{bracketed(change, '+.1%')}. It was picked among {len(steps)} on the questions that it is judged by: "
             f"confirm it on others. "
         )
     else:

@@ -208,6 +208,15 @@ def test_what_scores_lowest_is_cut(toy, family, score):
         assert set(units) == set(scores[int(layer)].topk(16, largest=False).indices.tolist())
 
 
+def test_whose_tokens_count_is_the_passes_to_say(toy):
+    subject = toy("llava")
+    given, words = (calibration(subject, side=side) for side in ("both", "textual"))
+    said = compress(subject, [Width(neurons=0.25, side="textual")], {"calibration": given})
+    same = compress(subject, [Width(neurons=0.25)], {"calibration": words})
+    other = compress(subject, [Width(neurons=0.25)], {"calibration": given})
+    assert said.ledger[0].changes == same.ledger[0].changes != other.ledger[0].changes
+
+
 def test_a_decoder_that_cannot_be_calibrated_layer_by_layer_says_so(toy):
     with pytest.raises(PassError, match="reads the picture through cross-attention"):
         compress(toy("mllama"), [Width(neurons=0.5)], {"calibration": calibration(toy("mllama"))})
