@@ -143,7 +143,7 @@ def models(
 
 
 def _checked(subject: "Subject") -> dict[str, Any]:
-    checks = [{"check": check.name, "held": check.held, "seen": check.seen} for check in subject.checks]
+    checks = [{"check": check.name, "held": check.held, "seen": check.seen, "means": check.means} for check in subject.checks]
     return {"family": subject.anatomy.family, "model_type": subject.anatomy.model_type, "checks": checks}
 
 
@@ -153,7 +153,7 @@ def _checks_as_text(subject: "Subject") -> str:
         f"{subject.anatomy.family} ({subject.anatomy.model_type}), {subject.n_layers} layers; takes "
         f"{', '.join(subject.marks) or 'text only'}",
         *(f"  {part:<14}{getattr(subject.anatomy, part) or '-'}" for part in parts),
-        *(f"  {'held' if check.held else 'FAILED':<8}{check.name:<10}{check.seen}" for check in subject.checks),
+        *(f"  {'held' if check.held else 'FAILED':<8}{check.name:<10}{check.seen:<10}{check.means}" for check in subject.checks),
     ])  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def trace(
         _say(summary, as_json, text)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def study(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="a study's name; `sightline studies` lists them")],
@@ -236,7 +236,10 @@ def study(
     columns: Columns = None, out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
     trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Run a study. Its own options come from its signature: `sightline studies`, then docs/studies."""
+    """Run a study. `sightline study NAME --help` shows its own options beside these; `sightline studies` lists the names."""
+    if name == "--help":
+        typer.echo(context.get_help())
+        return
     with _errors(debug):
         from studies.options import parse
         from studies.study import Setting, find_study
