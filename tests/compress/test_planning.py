@@ -13,7 +13,7 @@ from compress.drafts import Counter, Draft, cheapest, damage, steps
 from compress.layer_scores import divergence
 from compress.passes.layers import RemoveLayers
 from compress.passes.skips import ShortV, Skip
-from compress.passes.tokens import Pyramid, Tokens, Withdraw
+from compress.passes.tokens import Pyramid, Tokens
 from compress.planning import plan
 from compress.prices import Price, prices
 from compress.recipe import compress, parse
@@ -132,7 +132,13 @@ def test_a_draft_costs_what_the_compressed_model_costs(family):
 
 def test_layers_are_numbered_anew_after_some_have_gone():
     n = 6
-    draft = Draft(4, Price("tokens", 0, (0, 0, 0), Tokens(method="fastv", layer=3)), frozenset({1, 2}), frozenset({0, 3}), frozenset({3, 5}))
+    draft = Draft(
+        4,
+        Price("tokens", 0, (0, 0, 0), Tokens(method="fastv", layer=3)),
+        frozenset({1, 2}),
+        frozenset({0, 3}),
+        frozenset({5}),
+    )
     found = steps(draft, n)
     assert [one.title for one in found] == ["remove-layers", "shortv", "tokens", "withdraw"]
     assert found[0].layers == (1, 2)
@@ -183,7 +189,7 @@ def test_a_plan_meets_its_budget_and_says_why(budget):
     share = mean_cost(smaller, prompts)
     dense = mean_cost(subject, prompts)
     smaller.detach()
-    assert (share.macs - (share.by_phase["selector"] or 0)) / dense.macs <= budget * 1.01
+    assert share.macs / dense.macs <= budget * 1.01
     assert found.choices
     assert all("nats" in one.why and one.saves > -1e-9 for one in found.choices)
     assert found.tried[0].measured[0] == min(one.measured[0] for one in found.tried)
@@ -222,7 +228,9 @@ def test_layers_that_are_drawn_are_as_many_of_each_kind():
         assert len(one.passes[1].layers) == 3
 
 
-@pytest.mark.parametrize(("budget", "message"), [(0.0, "between 0 and 1"), (1.5, "between 0 and 1"), (0.001, "take a larger budget")])
+@pytest.mark.parametrize(
+    ("budget", "message"), [(0.0, "between 0 and 1"), (1.5, "between 0 and 1"), (0.001, "take a larger budget")]
+)
 def test_budgets_that_mean_nothing_are_refused(budget, message):
     subject = opened("llava")
     with pytest.raises(PassError, match=message):
@@ -236,7 +244,5 @@ def test_a_plan_without_examples_is_refused():
 
 def test_a_model_without_visual_rows_is_planned_by_layers_or_refused():
     subject = opened_crossed()
-    with pytest.raises(PassError, match="take a larger budget|can be applied|has no steps"):
+    with pytest.raises(PassError, match="take a larger budget"):
         plan(subject, asked(subject), 0.6)
-
-
