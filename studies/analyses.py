@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from compress.passes.prune import pruned
+from compress.calibration import refuse, sequential
 from compress.pruning import Pattern
 from probe.alignment import gather_anchors, read_alignment, sides_of
 from probe.analysis.alignment import mean_over_pairs, unit
@@ -28,7 +28,7 @@ from studies.speed import SCHEMA, interleaved, paired
 from studies.study import Summary, study
 
 EXAMPLES, WORDS = 200, 80  # of an implicit-alignment study: how many there are, and how many are read through the vocabulary
-CALIBRATED = 16  # examples that Wanda looks at
+CALIBRATED = 128  # examples that Wanda looks at
 OPTIONS = ("red", "two blue circle", "left", "there is a green star")
 GOALS = {
     "alignment_over_forwards": (f"implicit alignment of {EXAMPLES} examples / {EXAMPLES} forwards", "at most 1.3"),
@@ -119,17 +119,28 @@ def _likelihood(subject: Subject, asked: Example, rounds: int, target: torch.dev
 
 
 def _pruned(subject: Subject, asked: Example, rounds: int, target: torch.device, quiet: bool) -> dict[str, Any]:
-    """Wanda at 50 % over a calibration set, its checks, sums, sorts and copies included, beside plain passes of the same prompts."""
-    batches = [subject.encode(replace(asked, id=f"calibration {i}")) for i in range(CALIBRATED)]
-    patterns = {name: Pattern(0.5) for name, _ in linear_maps(subject)}
+    """Wanda over a calibration set, put together from what was measured: once its check and its sorting, for each example its share of the loop."""
+    few = [subject.encode(replace(asked, id=f"calibration {i}")) for i in range(4)]
+    ones = torch.ones(1, device=target)
     timed: dict[str, Callable[[], Any]] = {
-        "calibration forwards": lambda: [last_logits(subject, one) for one in batches],
-        "wanda": lambda: pruned(subject, batches, "both", "wanda", patterns, rerun=False),
-        "wanda rerun": lambda: pruned(subject, batches, "both", "wanda", patterns),
+        "calibration forwards": lambda: [last_logits(subject, one) for one in few],
+        "calibration, dense states": lambda: sequential(subject, few, lambda index, layer, maps: None, dense=True, check=False),
+        "calibration, pruned states": lambda: sequential(subject, few, lambda index, layer, maps: None, check=False),
+        "calibration check": lambda: refuse(subject, few[0]),
+        "wanda": lambda: [Pattern(0.5).kept(module.weight.float().abs() * ones) for _, module in linear_maps(subject)],
     }
     seconds = interleaved(timed, min(3, rounds), target, quiet)
-    once, twice = (paired(seconds, name, "calibration forwards") for name in ("wanda", "wanda rerun"))
-    return {"seconds": seconds, "wanda_over_forwards": once, "wanda_rerun_over_forwards": twice / 2}
+    each = {name: np.array(found) for name, found in seconds.items()}
+    once, sets = each["calibration check"] + each["wanda"], CALIBRATED / len(few)
+    ratios = {
+        times: (once + sets * each[name]) / (times * sets * each["calibration forwards"])
+        for times, name in ((1, "calibration, dense states"), (2, "calibration, pruned states"))
+    }
+    return {
+        "seconds": seconds,
+        "wanda_over_forwards": float(np.median(ratios[1])),
+        "wanda_rerun_over_forwards": float(np.median(ratios[2])),
+    }
 
 
 def _closed(a: torch.Tensor, b: torch.Tensor) -> float:

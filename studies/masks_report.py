@@ -8,6 +8,8 @@ import pandas as pd
 import pyarrow as pa
 
 from compress.measure import Share
+from compress.passes.masks import Masks
+from compress.tokens.pairs import MASKS
 from probe.plots import panels
 from probe.plots.panels import GREY, Line, Pair, Series
 from studies.bench import Configuration
@@ -27,6 +29,9 @@ FLOWS = {
 }
 
 
+OF_VISUAL_ROWS = ("image->image", "question->image")
+
+
 def summarise(rows: pa.Table, points: list[dict[str, Any]], asked: Sequence[Configuration], seed: int) -> Summary:
     """Everything that the report says, as numbers: `n n_existence points masses dense`."""
     table = rows.to_pandas()
@@ -40,12 +45,24 @@ def summarise(rows: pa.Table, points: list[dict[str, Any]], asked: Sequence[Conf
             "pairs": next(iter(own[own["what"] == "pairs"]["mass"]), None),
         }  # fmt: skip
         made.append(point)
-    masses = {one.name: _masses(table[(table["name"] == one.name) & (table["what"] == "mass")], seed) for one in asked}
+    masses = {
+        one.name: _masses(_attending(one, table[(table["name"] == one.name) & (table["what"] == "mass")]), seed)
+        for one in asked
+    }
     dense = next(point for point in made if point["baseline"] == "full")
     return {
         "n": dense["n"], "n_existence": dense["yes"]["said"]["n"], "n_looked": len(set(table[table["what"] == "mass"]["example"])),
         "dense": dense["name"], "points": made, "masses": masses,
     }  # fmt: skip
+
+
+def _attending(one: Configuration, table: pd.DataFrame) -> pd.DataFrame:
+    """The masses with 0 where visual rows do not attend: a trace shows what they would have looked at."""
+    first = one.recipe.passes[0] if one.recipe else None
+    if first is None or isinstance(first, Masks):
+        return table
+    silent = table["flow"].isin(OF_VISUAL_ROWS) & table["layer"].isin(list(getattr(first, "layers", None) or ()))
+    return table.assign(mass=table["mass"].where(~silent, 0.0))
 
 
 def _yes(table: pd.DataFrame) -> dict[str, Any]:
@@ -70,13 +87,20 @@ def _masses(table: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 def figures(run: Run, summary: Summary) -> None:
     """Accuracy and yes by mask and layers; attention masses of the dense model and of the masks on all layers."""
-    run.figure("accuracy", *accuracies(summary))
+    for name, points in accuracy_figures(summary).items():
+        run.figure(name, *accuracies(summary, points))
     run.figure("attention", *attention(summary))
 
 
-def accuracies(summary: Mapping[str, Any]) -> Pair:
+def accuracy_figures(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The figures of accuracy, and the points of each, the dense one first: masks, and passes that skip attention."""
+    dense, *steps = sorted(summary["points"], key=lambda point: bool(point["method"]))
+    parts = {"accuracy": [p for p in steps if p["method"] in MASKS], "skips": [p for p in steps if p["method"] not in MASKS]}
+    return {name: [dense, *part] for name, part in parts.items() if part}
+
+
+def accuracies(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Pair:
     """A panel for each mask: right answers and answers of yes, by the layers that it stands on, the dense model above them."""
-    points = summary["points"]
     dense = next(point for point in points if not point["method"])
     shown: list[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, float]]]] = [("right answers", _accuracy)]
     if summary["n_existence"]:
@@ -140,14 +164,14 @@ def report(summary: Summary, setting: Setting) -> str:
         f"{summary['n']} questions; nothing is trained.", "", "## The answer", "",
         f"The dense model answers {dense['accuracy']:.1%} [{dense['accuracy_low']:.1%}, {dense['accuracy_high']:.1%}].", "",
         *(f"- {_told(summary, point, dense)}" for point in widest(summary)), "", *_least(summary), "",
-        "![accuracy](figures/accuracy.png)", "",
+        *(line for name in accuracy_figures(summary) for line in (f"![accuracy](figures/{name}.png)", "")),
         "Each mask on each part of the depth: right answers"
         + (f", and how often {summary['n_existence']} questions of existence are answered with yes (the thing is there in "
            f"{dense['yes']['there']['value']:.0%})" if summary["n_existence"] else "")
         + ". Bars are 95 % Wilson intervals.", "",
         "## Where attention goes", "", "![attention](figures/attention.png)", "",
         f"Share of attention by layer, heads averaged, over {summary['n_looked']} prompts with a 95 % bootstrap interval: the dense model, and each mask "
-        f"on as many layers as it was put on.", "",
+        f"on as many layers as it was put on. Rows that do not attend give nothing.", "",
         *(f"- {_flows(summary, point)}" for point in widest(summary)), "",
         "## Every configuration", "", _table(summary["points"]), "", *_surely(summary), "", *_words(summary),
     ]  # fmt: skip
@@ -221,8 +245,8 @@ def _surely(summary: Mapping[str, Any]) -> list[str]:
     worst = surely_worse(steps)
     return [
         f"Of {len(steps)} configurations {len(worst)} surely cost accuracy by McNemar's test at a false discovery rate of 5 %. `pairs` is the share of "
-        f"the causal query-key pairs that is left, over all layers; dense kernels compute every pair under a mask, so that FLOPs and times stay what "
-        f"they were. Keys and values are all kept: a written token costs what it did."
+        f"the causal query-key pairs that is left, over all layers; dense kernels compute every pair under a mask, so that a mask leaves FLOPs and "
+        f"times what they were; passes that skip attention save what stands under FLOPs. Keys and values are all kept: a written token costs what it did."
     ]
 
 

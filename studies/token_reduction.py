@@ -28,6 +28,7 @@ from probe.tokens import TokenMap
 from studies.bench import Bench, Configuration
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, progress, study
+from studies.token_reduction_report import BASELINES, DENSE, SMALLER, figures, report, summarise
 from studies.tradeoffs import chosen_methods, shares_of
 from studies.work import Rows
 
@@ -36,8 +37,6 @@ SCHEMA = pa.schema([
     ("kind", pa.string()), ("right", pa.bool_()), ("said", pa.string()), ("total", pa.int32()), ("kept", pa.list_(pa.int32())),
     ("own", pa.list_(pa.int32())), ("flops", pa.float64()), ("text", pa.string()),
 ])  # fmt: skip
-DENSE, SMALLER = "dense", "smaller picture"
-BASELINES = ("random", "uniform", "pooling", "downsampling", SMALLER)
 DRAWS = 3  # of the random baseline: one draw can be lucky
 
 
@@ -73,8 +72,6 @@ def configurations(shares: Sequence[float], methods: Sequence[str], seed: int) -
 
 
 def _carry_out(setting: Setting, run: Run, asked: list[tuple[str, float, Configuration]]) -> Summary:
-    from studies.token_reduction_report import figures, report, summarise
-
     bench = Bench(setting.subject, setting.data, setting.batch, seed=setting.seed)
     todo = set(run.pending(one.key for _, _, one in asked))
     with progress("configurations", len(asked), setting.quiet, "configurations") as advance:

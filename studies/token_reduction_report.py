@@ -11,9 +11,10 @@ from probe.plots import panels
 from probe.plots.budgets import Line, budgets
 from studies.run import Run
 from studies.study import Summary
-from studies.token_reduction import BASELINES, DENSE, SMALLER
 from studies.work import Rows, interval
 
+DENSE, SMALLER = "dense", "smaller picture"
+BASELINES = ("random", "uniform", "pooling", "downsampling", SMALLER)
 GROUPS = {
     "baselines": BASELINES, "by the vision tower": ("fopru", "fastervlm", "visionzip", "prumerge", "vispruner"),
     "by what differs, or merged": ("divprune", "cdpruner", "aim-merge", "dpc-knn"), "of clips": ("evs", "progressive-pooling", "thumbnail-and-sampling"),

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from compress.passes import METHODS
 from probe.analysis.stats import mcnemar
 from studies.cli import app
-from studies.token_reduction import BASELINES, configurations
-from studies.token_reduction_report import GROUPS, _iou, _own, ranking
+from studies.token_reduction import configurations
+from studies.token_reduction_report import BASELINES, GROUPS, _iou, _own, ranking
 
 
 @pytest.fixture(scope="module")
