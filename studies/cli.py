@@ -247,7 +247,7 @@ def study(
         _quiet_libraries()
         function = find_study(name)
         options = parse(name, function, context.args)
-        if name in ("speed", "backends", "analyses"):  # they bring their own model and data
+        if name in ("speed", "backends", "analyses", "compressing"):  # they bring their own model and data
             summary = function(out=out, seed=seed, device=device, dtype=dtype, quiet=quiet, **options)
         else:
             found = _load_data(data, limit, columns, seed)
@@ -282,7 +282,8 @@ def measure(
 def compress(
     recipe: Annotated[Path | None, typer.Argument(help="a recipe: passes in order, as YAML (docs/compress/recipes.md)")] = None,
     plan: Annotated[Literal["auto"] | None, typer.Option(help="auto: a recipe made from evidence, in place of one that is given")] = None,
-    budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's FLOPs that reading a prompt may take")] = 0.6,
+    budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's cost that reading a prompt may take")] = 0.6,
+    cost: Annotated[Literal["flops", "time"], typer.Option(help="with --plan: FLOPs, or the time that this machine takes")] = "flops",
     run: Annotated[list[Path] | None, typer.Option(help="with --plan: a run of information-flow or implicit-alignment to read; repeat it")] = None,
     evidence_data: Annotated[str, typer.Option(help="data that plans and calibration rest on (default: other scenes of the demo)")] = "",
     model: Model = "demo", data: DataName = "demo", limit: Limit = 64, out: Out = None, batch: Batch = 8, rounds: Rounds = 12,
@@ -308,7 +309,7 @@ def compress(
         found = _load_data(data, limit, columns, seed)
         subject = _load(model, device, dtype, None, trust_remote_code)
         examples, _ = set_apart(found, evidence_data)
-        made = None if asked else planned(subject, examples, budget, run or (), seed, quiet)
+        made = None if asked else planned(subject, examples, budget, run or (), seed, quiet, cost)
         asked = asked or (made.recipe if made else None)
         assert asked is not None
         bench = Bench(subject, found, batch, rounds, tokens, seed=seed)

@@ -44,27 +44,35 @@ def report(summary: Mapping[str, Any]) -> str:
 
 
 def _plan(summary: Mapping[str, Any]) -> list[str]:
-    """The plan from evidence, its reasons, and what it beats."""
-    plan, point = summary["plan"], summary["evidence_plan"]
-    if plan is None:
+    """The plans from evidence, their reasons, and what they beat."""
+    points = {point["name"]: point for point in summary["points"]}
+    lines: list[str] = []
+    for name, plan in summary["plans"].items():
+        lines += [f"## {name[0].upper()}{name[1:]}", ""]
+        if "refused" in plan or name not in points:
+            lines += [plan.get("refused") or f"It could not be applied: {summary['skipped'].get(name, 'see above')}.", ""]
+            continue
+        point = points[name]
+        times = point["standing"]["prefill"]
+        timed = f", and of measured time {_WHERE[times]}" if times else ""
+        lines += [
+            f"{sentence(point)} It takes {point['flops_ratio']:.1%} of the FLOPs of reading a prompt. Of FLOPs it lies {_WHERE[point['standing']['flops']]}"
+            f"{timed}. The evidence comes from {plan['whence']}.", "", *plan["words"], "", *_against(plan),
+        ]  # fmt: skip
+    return lines
+
+
+def _against(plan: Mapping[str, Any]) -> list[str]:
+    """The same budget of FLOPs met without evidence."""
+    if not plan["against"]:
         return []
-    lines = ["## The plan from evidence", ""]
-    if "refused" in plan or point is None:
-        return [
-            *lines,
-            plan.get("refused") or f"It could not be applied: {summary['skipped'].get('evidence plan', 'see above')}.",
-            "",
-        ]
-    where = point["standing"]["prefill"] or point["standing"]["flops"]
-    lines += [
-        f"{sentence(point)} It takes {point['flops_ratio']:.1%} of the FLOPs of reading a prompt (a budget of {plan['budget']:.0%} was given), and lies "
-        f"{_WHERE[where]} of measured time, {_WHERE[point['standing']['flops']]} of FLOPs. The evidence comes from {plan['whence']}.", "", *plan["words"], "",
-        "The same budget met without evidence; differences are the plan's accuracy less theirs, paired on the same questions:", "",
+    lines = [
+        "The same FLOPs met without evidence; differences are the plan's accuracy less theirs, paired on the same questions:", "",
         "| without evidence | draws | accuracy | the plan is better by |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, found in plan["against"].items():
         lines.append(
-            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {bracketed(found, '+.1%')} |"
+            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {found['value']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}] |"
         )
     sure = sum(found["low"] > 0 for found in plan["against"].values())
     return [*lines, "", f"The plan beats {sure} of {len(plan['against'])} of them beyond the 95 % interval.", ""]

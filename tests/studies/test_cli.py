@@ -48,7 +48,7 @@ def test_studies_and_models_are_listed_as_json():
     for row in table:
         verdicts = [*row["capabilities"].values(), *row["passes"].values()]
         assert all(v == "pass" or v.startswith(("not applicable: ", "refused: ")) for v in verdicts)
-    assert sum(bool(row["passes"]) for row in table) == 10
+    assert sum(bool(row["passes"]) for row in table) == 11
     text = run(app, ["models"]).stdout
     assert "Qwen2.5-VL" in text
     assert "tokens: divprune" in text
