@@ -238,7 +238,7 @@ def _own_figure(summary: Summary) -> panels.Pair:
     for k, share in enumerate(shares[:3]):
         found = summary["own"][share]
         scaled = {
-            m: {end: None if one[end] is None else one[end] / one["chance"] for end in ("value", "low", "high")}
+            m: {end: float("nan") if one[end] is None else one[end] / one["chance"] for end in ("value", "low", "high")}
             for m, one in found.items()
         }
         series.append((f"{float(share):.1%} kept", scaled, panels.colour(k)))
