@@ -14,6 +14,7 @@ from probe.plots.panels import GREY, Line, Series, curves, tables, values
 from probe.plots.style import COLOURS
 from studies.run import Run
 from studies.subnetwork_groups import BESIDE, TOGETHER, Family
+from studies.telling import bracketed
 from studies.tradeoffs_report import surely_worse
 from studies.work import interval
 
@@ -251,7 +252,7 @@ def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Points) 
         gain = summary["cross"][by]["own_advantage"]
         text += (
             f"Two {FAMILY[by]} share {min(pairs):.2f} to {max(pairs):.2f} of what either keeps (chance {overlap['chance']:.2f}); with its own mask a group is right "
-            f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}] more often than with another's. "
+            f"{bracketed(gain, '+.1%')} more often than with another's. "
         )
     return text
 
@@ -277,7 +278,7 @@ def _table(steps: Points) -> str:
 
 
 def _told(change: Mapping[str, float] | None) -> str:
-    return "" if change is None else f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]"
+    return "" if change is None else bracketed(change, "+.1%")
 
 
 def _compared(summary: Mapping[str, Any]) -> str:
