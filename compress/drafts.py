@@ -32,13 +32,24 @@ class Draft:
         found: frozenset[int] = getattr(self, LAYERS[kind])
         return found
 
+    def on(self, kind: str, layers: frozenset[int]) -> "Draft":
+        """The draft with one kind of step at these layers."""
+        match kind:
+            case "remove":
+                return replace(self, removed=layers)
+            case "freeze":
+                return replace(
+                    self, frozen=layers, ffn=self.ffn - layers
+                )  # what is frozen has no feed-forward block to pass by
+        return replace(self, ffn=layers)
+
     def without(self, price: Price, n_layers: int) -> "Draft":
         """The draft less one of its steps."""
         if price.kind == "tokens":
             return replace(self, tokens=None)
         if price.kind == "withdraw":
             return replace(self, withdrawn=n_layers)
-        return replace(self, **{LAYERS[price.kind]: self.layers(price.kind) - {price.layer}})
+        return self.on(price.kind, self.layers(price.kind) - {price.layer})
 
     def taken(self, prices: Mapping[str, Sequence[Price]]) -> list[Price]:
         """The prices of its steps; a layer that is gone has none but its own, and one without visual tokens none for them."""
@@ -70,7 +81,7 @@ class Prompt:
 
 
 class Counter:
-    """The share of the dense model's FLOPs of reading a prompt that a draft leaves, choosing not counted; the mean over prompts."""
+    """The share of the dense model's FLOPs of reading a prompt that a draft leaves; the mean over prompts."""
 
     def __init__(self, subject: Subject, prompts: Sequence[Encoded]) -> None:
         self.cross = subject.anatomy.cross
@@ -78,7 +89,8 @@ class Counter:
         self.prompts = [Prompt.of(subject, one) for one in prompts]
 
     def __call__(self, draft: Draft) -> float:
-        return float(np.mean([self._share(draft, one) for one in self.prompts]))
+        choosing = draft.tokens.choosing if draft.tokens else 0.0
+        return float(np.mean([self._share(draft, one) for one in self.prompts])) + choosing
 
     def _share(self, draft: Draft, prompt: Prompt) -> float:
         left = prompt.dense.total_macs - sum(prompt.dense.layers)
@@ -96,6 +108,16 @@ class Counter:
                 ran = Ran(prompt.text + visual, prompt.text + visual, prompt.text)
             left += size.macs(ran)
         return left / prompt.dense.total_macs
+
+
+class Watch:
+    """The share of the dense model's time of reading a prompt that a draft leaves, as if every step saved what it saves alone."""
+
+    def __init__(self, prices: Mapping[str, Sequence[Price]]) -> None:
+        self.prices = prices
+
+    def __call__(self, draft: Draft) -> float:
+        return float(np.prod([one.time for one in draft.taken(self.prices)]))
 
 
 def tokens_at(draft: Draft, n: int, layer: int) -> int:
@@ -123,14 +145,37 @@ def cheapest(
 ) -> Draft | None:  # fmt: skip
     """The draft of some kinds of steps that meets a budget: steps are taken in the order of what they save for their damage.
 
-    Every single step on the way that would meet the budget is a way to end. None where the kinds cannot meet it.
+    Every single step on the way that would meet the budget is a way to end; of each, steps that it can do without are given back. None where the
+    kinds cannot meet the budget.
     """
+    ends = [_trimmed(one, prices, count, n_layers, budget) for one in _ends(prices, kinds, count, n_layers, budget)]
+    return min(ends, key=lambda one: (damage(one, prices), count(one)), default=None)
+
+
+def _trimmed(
+    draft: Draft, prices: Mapping[str, Sequence[Price]], count: Callable[[Draft], float], n_layers: int, budget: float
+) -> Draft:
+    """The draft less every step without which it still meets the budget, dearest first; and its tokens kept in the way that does least."""
+    for price in sorted(draft.taken(prices), key=lambda one: -one.damage[0]):
+        less = draft.without(price, n_layers)
+        if count(less) <= budget:
+            draft = less
+    if draft.tokens is not None:
+        others = [replace(draft, tokens=one) for one in prices["tokens"] if one.damage[0] < draft.tokens.damage[0]]
+        draft = min([draft, *(one for one in others if count(one) <= budget)], key=lambda one: damage(one, prices))
+    return draft
+
+
+def _ends(
+    prices: Mapping[str, Sequence[Price]], kinds: Sequence[str], count: Callable[[Draft], float], n_layers: int, budget: float
+) -> list[Draft]:  # fmt: skip
+    """Every draft that meets the budget with one step more than one on the greedy way to it."""
     draft = Draft(n_layers)
     ends: list[Draft] = []
     while True:
         share, done = count(draft), damage(draft, prices)
         if share <= budget:
-            return min([*ends, draft], key=lambda one: damage(one, prices))
+            return [*ends, draft]
         best, worth = None, 0.0
         for move in _moves(draft, prices, kinds, n_layers):
             saved = share - count(move)
@@ -142,7 +187,7 @@ def cheapest(
             if value > worth:
                 best, worth = move, value
         if best is None:
-            return min(ends, key=lambda one: damage(one, prices), default=None)
+            return ends
         draft = best
 
 
@@ -160,7 +205,7 @@ def _moves(draft: Draft, prices: Mapping[str, Sequence[Price]], kinds: Sequence[
         if kind in kinds:
             taken = draft.layers(kind) | draft.removed | draft.frozen
             free = [one.layer for one in prices[kind] if one.layer not in taken and one.layer < draft.withdrawn]
-            moves += [replace(draft, **{LAYERS[kind]: draft.layers(kind) | {layer}}) for layer in free]
+            moves += [draft.on(kind, draft.layers(kind) | {layer}) for layer in free]
     return moves
 
 
@@ -174,7 +219,7 @@ def steps(draft: Draft, n_layers: int) -> list[Pass]:
     found: list[Pass] = []
     if draft.removed:
         found.append(find_pass("remove-layers").model_validate({"layers": tuple(sorted(draft.removed))}))
-    for kind, layers in (("ffn", draft.ffn - draft.frozen), ("freeze", draft.frozen)):
+    for kind, layers in (("ffn", draft.ffn), ("freeze", draft.frozen)):
         own = tuple(now(layer) for layer in sorted(layers - draft.removed) if layer < draft.withdrawn)
         found += [skip(kind, own)] if own else []
     step = draft.tokens.step if draft.tokens else None

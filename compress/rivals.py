@@ -29,10 +29,9 @@ def rivals(
         if "remove" in prices:
             found[f"random layers {number}"] = _layers(prices, count, n_layers, budget, rng)
         found[f"same steps at random layers {number}"] = _moved(draft, prices, n_layers, rng)
-    return tuple(
-        Recipe(tuple(steps(one, n_layers)), f"no evidence: {name}", seed=seed)
-        for name, one in found.items() if one is not None and one != draft
-    )  # fmt: skip
+    own = steps(draft, n_layers)
+    made = {name: steps(one, n_layers) for name, one in found.items() if one is not None}
+    return tuple(Recipe(tuple(passes), f"no evidence: {name}", seed=seed) for name, passes in made.items() if passes != own)
 
 
 def _tokens(method: str, count: Callable[[Draft], float], n_layers: int, budget: float) -> Draft | None:
@@ -59,7 +58,7 @@ def _layers(
 def _moved(draft: Draft, prices: Mapping[str, Sequence[Price]], n_layers: int, rng: np.random.Generator) -> Draft:
     """As many layers of each kind, other ones."""
     taken: set[int] = set()
-    for kind, name in LAYERS.items():
+    for kind in LAYERS:
         free = [
             one.layer
             for one in prices.get(kind, ())
@@ -67,5 +66,5 @@ def _moved(draft: Draft, prices: Mapping[str, Sequence[Price]], n_layers: int, r
         ]
         drawn = frozenset(int(layer) for layer in rng.permutation(free)[: len(draft.layers(kind))])
         taken |= drawn
-        draft = replace(draft, **{name: drawn})
+        draft = draft.on(kind, drawn)
     return draft

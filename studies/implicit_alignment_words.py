@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies.study import Setting, Summary
+from studies.telling import ranged
 
 FINDINGS = (
     "Perceptual and textual tokens live in different spaces",
@@ -183,7 +184,7 @@ def _figures(summary: Summary) -> list[str]:
 
 
 def _number(found: Mapping[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return "-" if found is None else ranged(found)
 
 
 def _drift(summary: Summary) -> list[str]:

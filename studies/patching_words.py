@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from studies.study import Setting, Summary
+from studies.telling import above, ranged
 
 FIGURES = (
     ("sites", "Mean effect of each group of positions at each layer. A state put into the residual stream stands for all that came "
@@ -35,7 +36,7 @@ def report(summary: Summary, setting: Setting) -> str:
 def _span(one: dict[str, Any], digits: int = 2) -> str:
     if one["value"] is None:
         return "not measured"
-    return f"{one['value']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+    return ranged(one, f".{digits}f")
 
 
 def _answer(summary: Summary) -> str:
@@ -50,12 +51,10 @@ def _answer(summary: Summary) -> str:
     )
     if gap["value"] is None:
         return beside
-    if gap["low"] > 0:
+    if above(gap):
         test = "" if gap["p_value"] is None else f", one-sided sign-flip p = {gap['p_value']:.4f}"
         return f"**The fact is at the object.** {beside} The gap is {_span(gap)}{test}."
-    return (
-        f"**The object's positions are not told apart from the control.** {beside} The gap is {_span(gap)} and includes zero."
-    )
+    return f"**The object's positions are not told apart from the control.** {beside} The gap is {_span(gap)}."
 
 
 def _moves(summary: Summary) -> str:

@@ -9,20 +9,30 @@ from typer.testing import CliRunner
 from compress.passes import METHODS
 from probe import load
 from probe.errors import StudyError
+from studies import planning
 from studies import tradeoffs as module
 from studies.bench import KEYS
 from studies.cli import app
+from studies.configurations import configurations
 from studies.data import Data, load_data
 from studies.study import Setting
-from studies.tradeoffs import configurations, tradeoffs
+from studies.tradeoffs import tradeoffs
+from studies.tradeoffs_report import surely_worse
 from tests import toys
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_evidence():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "APART", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(stranger, tmp_path_factory):
+def run(stranger, little_evidence, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tradeoffs") / "r"
     asked = ["study", "tradeoffs", "--model", str(stranger), "--limit", "4", "--shares", "0.25", "--methods", "uniform", "--rounds", "6",
-             "--tokens", "2", "--device", "cpu", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
+             "--tokens", "2", "--budget", "0", "--time-budget", "0", "--device", "cpu", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
@@ -86,7 +96,7 @@ def few(monkeypatch):
 def test_batches_change_nothing(stranger, tmp_path, few):
     subject, data = load(stranger), load_data("demo", 5)
     found = [
-        tradeoffs(Setting(subject, data, tmp_path / str(size), batch=size), shares="0.5", methods="random", rounds=0)
+        tradeoffs(Setting(subject, data, tmp_path / str(size), batch=size), shares="0.5", methods="random", rounds=0, budget=0)
         for size in (1, 4)
     ]
     for one, many in zip(*(summary["points"] for summary in found), strict=True):
@@ -107,10 +117,10 @@ def test_what_surely_costs_is_said_over_all_steps():
         step("better", 0.3, 0.0005),
         {"name": "other"},
     ]
-    found = module.surely_worse([*steps, *(step(f"none {i}", 0.0, 1.0) for i in range(6))])
+    found = surely_worse([*steps, *(step(f"none {i}", 0.0, 1.0) for i in range(6))])
     assert [point["name"] for point, _ in found] == ["worse", "bad"]
     assert found[0][1] == pytest.approx(0.002 * 10 / 3)
-    assert module.surely_worse([]) == []
+    assert surely_worse([]) == []
 
 
 def test_there_are_enough_configurations(stranger):
@@ -125,29 +135,44 @@ def test_there_are_enough_configurations(stranger):
 def test_other_families_skip_what_they_refuse(toy, tmp_path):
     subject = toy("qwen2_vl")
     examples = tuple(replace(e, answer="red") for e in toys.pair(subject))
-    found = tradeoffs(Setting(subject, Data("toys", examples, "t"), tmp_path / "r"), shares="0.5", methods="uniform", rounds=0)
+    found = tradeoffs(
+        Setting(subject, Data("toys", examples, "t"), tmp_path / "r"), shares="0.5", methods="uniform", rounds=0, budget=0
+    )
     assert found["n"] == 2
+    assert found["evidence_plan"] is None
+    assert found["plans"] == {}
     assert {point["baseline"] for point in found["points"]} >= {"full", "random", "down-sampling"}
     names = {point["name"] for point in found["points"]}
     assert names.isdisjoint(found["skipped"])
     assert all(found["skipped"].values())
 
 
-def test_a_plan_from_evidence_is_one_more_point(stranger, tmp_path, monkeypatch, few):
-    from compress.recipe import parse
-
-    class Planner:
-        @staticmethod
-        def plan(subject, examples, seed):
-            return parse({"passes": [{"remove-layers": {"count": 1}}]}), {
-                "layer_scores": {"block_influence": [1.0] * 7 + [0.0]}
-            }
-
-    monkeypatch.setattr(module, "evidence_module", lambda: Planner)
+def test_a_plan_from_evidence_stands_beside_what_it_must_beat(stranger, tmp_path, few):
     setting = Setting(load(stranger), load_data("demo", 3), tmp_path / "r")
-    found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0)
+    found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0, budget=0.6)
     assert found["evidence_plan"]["name"] == "evidence plan"
-    assert found["evidence_plan"]["flops"] == next(p["flops"] for p in found["points"] if p["name"] == "without layer 7")
+    assert found["evidence_plan"]["flops_ratio"] <= 0.6 * 1.02
+    rivals = [point for point in found["points"] if point["name"].startswith("no evidence: ")]
+    assert {point["name"] for point in rivals} == set(found["plans"]["evidence plan"]["rivals"])
+    assert len(rivals) >= 3
+    right = {point["name"]: point["accuracy"] for point in found["points"]}
+    against = found["plans"]["evidence plan"]["against"]["no evidence: random layers"]
+    drawn = [right[name] for name in found["plans"]["evidence plan"]["rivals"] if "no evidence: random layers" in name]
+    assert against["draws"] == len(drawn) == 3
+    assert against["value"] == pytest.approx(right["evidence plan"] - sum(drawn) / 3)
+    report = (tmp_path / "r/report.md").read_text()
+    assert "## Evidence plan" in report
+    assert "64 questions about other scenes" not in report  # here they are fewer, and the report says how many
+    kept = (tmp_path / "r/plan-flops.json").read_bytes()
+    assert tradeoffs(setting, shares="0.5", methods="uniform", rounds=0, budget=0.6)["evidence_plan"] == found["evidence_plan"]
+    assert (tmp_path / "r/plan-flops.json").read_bytes() == kept
+
+
+def test_a_budget_that_cannot_be_met_is_said(stranger, tmp_path, few):
+    setting = Setting(load(stranger), load_data("demo", 2), tmp_path / "r")
+    found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0, budget=0.001)
+    assert found["evidence_plan"] is None
+    assert "take a larger budget" in (tmp_path / "r/report.md").read_text()
 
 
 def test_wrong_options_are_named(stranger, tmp_path):

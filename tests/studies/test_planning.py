@@ -1,0 +1,92 @@
+"""Plans at the command line: the runs that they read, the examples that they rest on, and a model made from one."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.layer_scores import withdrawal_kl
+from probe import load
+from probe.errors import StudyError
+from studies import planning
+from studies.cli import app
+from studies.data import load_data
+from studies.planning import evidence_of, set_apart
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of information-flow and one of implicit-alignment on a few questions."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["--model", "demo", "--data", "demo", "--limit", "6", "--device", "cpu", "--quiet"]
+    for study, more in (("information-flow", []), ("implicit-alignment", ["--family", "none", "--words-limit", "1"])):
+        result = CliRunner().invoke(app, ["study", study, *common, "--out", str(folder / study), *more])
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_runs_are_read_as_evidence(runs):
+    subject = load("demo")
+    found = evidence_of(subject, [runs / "information-flow", runs / "implicit-alignment"])
+    summary = json.loads((runs / "information-flow/summary.json").read_text())
+    examples = load_data("demo", 6).examples
+    assert summary["n_correct"] == 6  # so that the very same examples are in both
+    own = withdrawal_kl(subject, examples).mean(0)
+    assert len(found["withdrawal_kl"]) == len(found["drift"]) == len(found["overlap"]) == subject.n_layers
+    # information-flow hides the picture from every word, which is what withdrawing it does to them
+    assert found["withdrawal_kl"] == pytest.approx(own.tolist(), abs=1e-4)
+    assert found["cutoff"]["layer"] == summary["cutoff_layer"]
+    assert all(0.5 < value <= 1 for value in found["drift"])
+    assert all(1 / 3 < value < 1 for value in found["overlap"])
+
+
+def test_runs_of_other_models_and_studies_are_refused(runs, tmp_path):
+    with pytest.raises(StudyError, match="is a run of another model"):
+        evidence_of(load("demo:frozen"), [runs / "information-flow"])
+    with pytest.raises(StudyError, match="is no finished run"):
+        evidence_of(load("demo"), [tmp_path])
+    shutil.copytree(runs / "information-flow", tmp_path / "r")
+    text = (tmp_path / "r/run.json").read_text().replace('"information-flow"', '"lens"')
+    (tmp_path / "r/run.json").write_text(text)
+    with pytest.raises(StudyError, match="a plan reads runs of information-flow and implicit-alignment"):
+        evidence_of(load("demo"), [tmp_path / "r"])
+
+
+def test_evidence_comes_from_other_scenes():
+    measured = load_data("demo", 64)
+    examples, whence = set_apart(measured)
+    assert len(examples) == 64
+    assert "other scenes" in whence
+    seen = {(e.prompt, str(e.tags), str(e.regions)) for e in measured.examples}
+    assert sum((e.prompt, str(e.tags), str(e.regions)) in seen for e in examples) == 0
+    same, whence = set_apart(load_data("demo:text", 3), "demo")
+    assert len(same) == 64
+    assert "demo" in whence
+
+
+def test_a_model_is_made_from_a_plan(runs, stranger, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "APART", 4)
+    asked = ["compress", "--plan", "auto", "--budget", "0.7", "--model", str(stranger), "--limit", "4", "--rounds", "0", "--device", "cpu",
+             "--out", str(tmp_path / "m"), "--json", "--quiet"]  # fmt: skip
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert {"model", "ledger", "loads_in_transformers", "plan"} <= set(found)
+    assert found["measured"]["flops_ratio"] <= 0.7 * 1.02
+    assert "nats" in (tmp_path / "m/plan.md").read_text()
+    again = CliRunner().invoke(app, ["compress", str(tmp_path / "m/recipe.yaml"), "--model", str(stranger), "--limit", "4", "--rounds", "0",
+                                     "--device", "cpu", "--out", str(tmp_path / "n"), "--json", "--quiet"])  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout.strip().splitlines()[-1])["measured"]["flops"] == found["measured"]["flops"]
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    (["compress"], "takes a recipe, or --plan auto"),
+    (["compress", "examples/half.yaml", "--plan", "auto"], "takes a recipe, or --plan auto"),
+    (["compress", "examples/half.yaml", "--run", "x"], "add --plan auto"),
+])  # fmt: skip
+def test_what_to_do_is_said_once(asked, message):
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 1
+    assert message in result.output
