@@ -269,6 +269,8 @@ def _said_of_words(summary: Summary, plan: Any) -> list[str]:
                 "The reverse: as many patches elsewhere in the picture read the object's word more often than its own patches do, by "
                 f"{_range(more)} (paired)"
             )
+        elif elsewhere and elsewhere["gap_at_best"]["value"] is not None and elsewhere["gap_at_best"]["value"] < 0:
+            verdict += ", and on the mean the word is read more often elsewhere in the picture (the interval of the difference includes zero)"
         nulls = "; ".join(
             f"{null} {_range(among[null]['at_best'])}, the own less it {_range(among[null]['gap_at_best'], '+.3f')}" for null in NULLS if among[null]
         ) or "no null is known"  # fmt: skip

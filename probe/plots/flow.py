@@ -54,6 +54,8 @@ def flow_figure(summary: Summary) -> Any:
             _layer_ticks(axis, summary["n_layers"])
             if len(curves) > 1:
                 _legend(axis)
+            elif curves:
+                axis.set_xlabel(f"{label} (n = {next(iter(curves.values()))['n']})")
         axes[0].set_ylabel(CHANGE)
         if summary["cutoff_layer"] is not None:
             low, high = summary["cutoff_interval"]

@@ -15,9 +15,9 @@ import torch
 from probe import Example, Knockout, Region, load, trace
 from probe.analysis.flow import FLOWS
 from probe.errors import DataError, EditError, RunError
+from probe.plots.flow import _depth
 from probe.tracing import last_logits
 from studies.data import Data, load_data
-from probe.plots.flow import _depth
 from studies.information_flow import information_flow
 from studies.study import STUDIES, Setting, find_study, units
 
