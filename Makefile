@@ -25,10 +25,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## what tracing, replaying and the backends cost; BENCH="--layers 32 ..." and BACKENDS="...", ANALYSES="..." for other sizes
+bench: $(VENV)/.installed  ## what tracing, replaying, the backends and compression cost; BENCH="--layers 32 ..." and BACKENDS="...", ANALYSES="...", COMPRESSING="..." for other sizes
 	$(BIN)/sightline study speed $(BENCH)
 	$(BIN)/sightline study backends $(BACKENDS)
 	$(BIN)/sightline study analyses $(ANALYSES)
+	$(BIN)/sightline study compressing $(COMPRESSING)
 
 support: $(VENV)/.installed  ## write the tables of families, and of passes by family, from the contract tests
 	SIGHTLINE_WRITE_SUPPORT=1 $(BIN)/python -m pytest tests/probe/test_contract.py tests/compress/test_contract.py -q

@@ -105,20 +105,22 @@ def sequential(
     dense: bool = False,
     offload: bool = False,
     watch: Watch | None = None,
+    check: bool = True,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Goes through the decoder layer by layer; `visit(layer, copy, maps)` sees what entered each linear map and may change the copy.
 
     The next layer sees what the changed copy gives; with `dense`, what the unchanged layer gave, which runs each layer once only. `wanted(layer, name)`
     names the maps that are summed, `statistic` makes their sums. With `offload` states wait in the memory of the CPU; `watch(layer, batch, state)` sees
-    every state that goes on; `advance(1)` is called after each layer.
+    every state that goes on; `advance(1)` is called after each layer. `check=False` leaves out `refuse`, for callers who have asked it.
 
     Raises PassError for no batches, a side without tokens, and an architecture whose layers cannot be run by themselves.
     """
     if not batches:
         raise PassError("there are no examples to calibrate on: give some, questions with pictures and answers")
     with subject.lock, torch.no_grad():
-        refuse(subject, batches[0])
+        if check:
+            refuse(subject, batches[0])
         runs = [_captured(subject, one, side, offload) for one in batches]
         if not any(bool(run.rows.any()) for run in runs):
             raise PassError(f"no calibration example has {side} tokens: calibrate on others, or with side both")

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from compress.layer_cost import PLAIN, Convention, LayerSize, Ran, layer_sizes
 from compress.selector_cost import ARITHMETIC, Choosing, tower_attention
 from compress.smaller import Smaller
-from compress.tokens.guards import Reducer, per_token
+from compress.tokens.guards import Reducer, tokens_kept
 from compress.tokens.media import find_media
 from compress.tower_cost import extra_tokens, tower_macs
 from probe.subject import Encoded, Subject
@@ -206,7 +206,7 @@ def _left(subject: Subject, n: int, layer: int) -> int:
 
 def _kept(subject: Subject, n: int, reducer: Reducer) -> int:
     """Tokens that a reducer would leave of a medium of n."""
-    return 0 if reducer.select is None else reducer.budget.count(n, reducer.layer, subject.n_layers, per_token(subject))
+    return 0 if reducer.select is None else tokens_kept(subject, reducer, n)
 
 
 # --- what choosing costs ---------------------------------------------------------------------------------------------

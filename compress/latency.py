@@ -6,8 +6,8 @@ suppressed), so that a model that says less is not the faster one. Which model g
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ class Timed:
     """Milliseconds of one answer.
 
     `prefill` is all of reading the prompt: `vision` (tower and connector, which transformers may run ahead of the model's own pass) and `selector`
-    (the reducers' choices) are parts of it. `decode` is the mean of each token after the first, `answer` the whole.
+    (the reducers' choices, and what they look at) are parts of it. `decode` is the mean of each token after the first, `answer` the whole.
     """
 
     vision: float
@@ -75,6 +75,14 @@ class _Clock:
 
         return hook
 
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.spent["selector"] += self.now() - start
+
 
 def time_answer(subject: Subject, encoded: Encoded, tokens: int) -> Timed:
     """One answer of `tokens` tokens, timed by phase. The model is left as it was."""
@@ -102,27 +110,15 @@ def _watched(subject: Subject, clock: _Clock) -> Iterator[None]:
         )
     ]  # fmt: skip
     runtime = subject.runtime if isinstance(subject, Smaller) else None
-    before = runtime.reducers if runtime else []
+    if runtime:
+        runtime.choosing = clock.choosing
     try:
-        if runtime:
-            runtime.reducers = [replace(one, select=one.select and _timed(one.select, clock)) for one in before]
         yield
     finally:
         if runtime:
-            runtime.reducers = before
+            runtime.choosing = nullcontext
         for handle in handles:
             handle.remove()
-
-
-def _timed(select: Callable[..., Any], clock: _Clock) -> Callable[..., Any]:
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        start = clock.now()
-        try:
-            return select(*args, **kwargs)
-        finally:
-            clock.spent["selector"] += clock.now() - start
-
-    return chosen
 
 
 def take_turns(

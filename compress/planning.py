@@ -7,16 +7,16 @@ that can meet it; the drafts that look best are then applied to a copy and measu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from compress.damage import step_damage
-from compress.drafts import KINDS, LAYERS, Counter, Draft, cheapest, damage, steps
+from compress.drafts import KINDS, LAYERS, Counter, Draft, Watch, cheapest, damage, steps
 from compress.measure import encode_all
 from compress.passes.base import Evidence
-from compress.prices import Interval, Price, Prices, interval, prices
+from compress.prices import Interval, Price, Prices, Stopwatch, interval, prices, stopwatch
 from compress.recipe import Recipe
 from compress.rivals import rivals
 from probe.errors import PassError
@@ -25,8 +25,11 @@ from probe.subject import Encoded, Subject
 from probe.tracing import last_logits
 
 MOST = 48  # examples that a plan rests on, drawn where there are more
+SLACK = 1.02  # a measured time may lie so far above the budget
 VERIFIED = 6  # drafts that are applied and measured
 PROMPTS = 8  # prompts whose cost is counted
+Cost = Literal["flops", "time"]
+UNITS = {"flops": "FLOPs", "time": "time"}
 WHY = {
     "remove": "removing it alone moves the answer's distribution by",
     "freeze": "in this layer alone, leaving what is shown as it entered moves the answer's distribution by",
@@ -42,7 +45,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A step of the plan in words: what is done and why, its damage alone in nats, and the share of the dense FLOPs that it saves beside the others."""
+    """A step of the plan in words: what is done and why, its damage alone in nats, and the share of the budget's unit that it saves beside the others."""
 
     what: str
     why: str
@@ -52,12 +55,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tried:
-    """A draft that was applied and measured: the kinds of its steps, predicted and measured damage in nats, its share of the FLOPs."""
+    """A draft that was applied and measured: the kinds of its steps, predicted and measured damage in nats, its share of the dense FLOPs and time.
+
+    `time_ratio` is None where the budget is one of FLOPs.
+    """
 
     kinds: tuple[str, ...]
     predicted: float
     measured: Interval
     flops_ratio: float
+    time_ratio: float | None = None
+
+    def share(self, cost: Cost) -> float:
+        """What it costs in the unit of the budget."""
+        return self.time_ratio if cost == "time" and self.time_ratio is not None else self.flops_ratio
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Plan:
     recipe: Recipe
     choices: tuple[Choice, ...]
     budget: float
+    cost: Cost
     tried: tuple[Tried, ...]
     rivals: tuple[Recipe, ...]  # the same budget met without evidence
     evidence: Evidence = field(repr=False)
@@ -75,46 +87,48 @@ class Plan:
     def told(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "budget": self.budget, "recipe": self.recipe.dumped(), "choices": [vars(one) for one in self.choices],
+            "budget": self.budget, "cost": self.cost, "recipe": self.recipe.dumped(), "choices": [vars(one) for one in self.choices],
             "tried": [vars(one) for one in self.tried], "rivals": {one.name: one.dumped() for one in self.rivals}, "notes": list(self.notes),
         }  # fmt: skip
 
 
 def plan(
     subject: Subject, examples: Sequence[Example], budget: float = 0.7, evidence: Evidence | None = None, seed: int = 0,
-    advance: Callable[[int], None] = lambda n: None,
+    advance: Callable[[int], None] = lambda n: None, cost: Cost = "flops", rounds: int = 24,
 ) -> Plan:  # fmt: skip
-    """The recipe of the least measured damage that reads a prompt with at most `budget` of the dense model's FLOPs.
+    """The recipe of the least measured damage that reads a prompt at no more than `budget` of the dense model's `cost`: FLOPs, or measured time.
 
-    Take other examples than those that the result is judged on. `evidence` may hold `withdrawal_kl` already. Raises PassError for a budget that no
-    set of steps meets.
+    Time is that of this machine, in `rounds` turns with the dense model, on prompts as long as these. Take other examples than those that the
+    result is judged on. `evidence` may hold `withdrawal_kl` already. Raises PassError for a budget that no set of steps meets.
     """
     if not 0 < budget < 1:
-        raise PassError(f"a budget is a share of the dense model's FLOPs between 0 and 1, not {budget:g}")
+        raise PassError(f"a budget is a share of the dense model's {UNITS[cost]} between 0 and 1, not {budget:g}")
     chosen = _drawn(examples, seed)
     batches = encode_all(subject, chosen, 8)
     clean = [last_logits(subject, one) for one in batches]
-    priced = prices(subject, chosen, batches, clean, evidence or {}, seed, advance)
-    count = Counter(subject, [subject.encode(one) for one in chosen[:PROMPTS]])
-    drafts = _drafts(priced, count, subject.n_layers, budget)
-    tried, notes = _tried(subject, drafts, priced, count, batches, clean, seed, advance)
-    best, draft = min(tried, key=lambda one: one[0].measured[0])
+    prompts = [subject.encode(one) for one in chosen[:PROMPTS]]
+    watch = stopwatch(subject, prompts, rounds) if cost == "time" else None
+    priced = prices(subject, chosen, batches, clean, evidence or {}, seed, advance, watch)
+    flops = Counter(subject, prompts)
+    count = Watch(priced.of) if watch else flops
+    drafts = _drafts(priced, count, subject.n_layers, budget, cost)
+    tried, notes = _tried(subject, drafts, priced, flops, watch, batches, clean, seed, advance)
+    meeting = [one for one in tried if one[0].share(cost) <= budget * SLACK]
+    if not meeting:
+        nearest = min(one.share(cost) for one, _ in tried)
+        raise PassError(
+            f"no plan reads a prompt in {budget:.0%} of the dense model's {UNITS[cost]} when it is measured: the nearest takes {nearest:.0%}"
+        )
+    best, draft = min(meeting, key=lambda one: one[0].measured[0])
     about = (
-        f"planned for {budget:.0%} of the FLOPs of reading a prompt: {best.flops_ratio:.1%}, moves the answer's distribution by {best.measured[0]:.3g} nats "
-        f"[{best.measured[1]:.3g}, {best.measured[2]:.3g}] on {len(chosen)} examples"
+        f"planned for {budget:.0%} of the dense model's {UNITS[cost]} of reading a prompt: {best.share(cost):.1%}, moves the answer's distribution by "
+        f"{best.measured[0]:.3g} nats [{best.measured[1]:.3g}, {best.measured[2]:.3g}] on {len(chosen)} examples"
     )
     recipe = Recipe(tuple(steps(draft, subject.n_layers)), "evidence-plan", about, seed)
     every = tuple(sorted((one for one, _ in tried), key=lambda one: one.measured[0]))
-    others = rivals(draft, priced.of, count, subject.n_layers, budget, seed)
-    return Plan(
-        recipe,
-        _choices(draft, priced, count, subject.n_layers),
-        budget,
-        every,
-        others,
-        priced.evidence,
-        (*priced.notes, *notes),
-    )
+    others = rivals(draft, priced.of, flops, subject.n_layers, flops(draft), seed)
+    choices = _choices(draft, priced, count, subject.n_layers)
+    return Plan(recipe, choices, budget, cost, every, others, priced.evidence, (*priced.notes, *notes))
 
 
 def _drawn(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -124,7 +138,9 @@ def _drawn(examples: Sequence[Example], seed: int) -> list[Example]:
     return [examples[i] for i in chosen]
 
 
-def _drafts(priced: Prices, count: Counter, n_layers: int, budget: float) -> dict[Draft, tuple[str, ...]]:
+def _drafts(
+    priced: Prices, count: Callable[[Draft], float], n_layers: int, budget: float, cost: Cost
+) -> dict[Draft, tuple[str, ...]]:
     """The draft of every set of kinds that can meet the budget, least damage first. Raises PassError where none can."""
     there = [kind for kind in KINDS if kind in priced.of]
     found: dict[Draft, tuple[str, ...]] = {}
@@ -135,13 +151,13 @@ def _drafts(priced: Prices, count: Counter, n_layers: int, budget: float) -> dic
             found.setdefault(draft, kinds)
     if not found:
         raise PassError(
-            f"no set of the steps that this model allows ({', '.join(there)}) reads a prompt with {budget:.0%} of its FLOPs: take a larger budget"
+            f"no set of the steps that this model allows ({', '.join(there)}) reads a prompt with {budget:.0%} of its {UNITS[cost]}: take a larger budget"
         )
     return {one: found[one] for one in sorted(found, key=lambda one: (damage(one, priced.of), count(one)))}
 
 
 def _tried(
-    subject: Subject, drafts: dict[Draft, tuple[str, ...]], priced: Prices, count: Counter, batches: Sequence[Encoded],
+    subject: Subject, drafts: dict[Draft, tuple[str, ...]], priced: Prices, flops: Counter, watch: Stopwatch | None, batches: Sequence[Encoded],
     clean: Sequence[Tensor], seed: int, advance: Callable[[int], None],
 ) -> tuple[list[tuple[Tried, Draft]], list[str]]:  # fmt: skip
     """The drafts that look best, measured; and those that this model refuses when their steps come together."""
@@ -150,19 +166,21 @@ def _tried(
     for draft, kinds in drafts.items():
         if len(tried) == VERIFIED:
             break
+        passes = steps(draft, subject.n_layers)
         try:
-            each = step_damage(subject, steps(draft, subject.n_layers), batches, clean)
+            each = step_damage(subject, passes, batches, clean)
         except PassError as error:
             notes.append(f"{' and '.join(kinds)}: {error}")
             continue
-        tried.append((Tried(kinds, damage(draft, priced.of), interval(each, seed), count(draft)), draft))
+        took = watch(passes) if watch else None
+        tried.append((Tried(kinds, damage(draft, priced.of), interval(each, seed), flops(draft), took), draft))
         advance(1)
     if not tried:
         raise PassError(f"none of the plans can be applied: {notes[-1]}")
     return tried, notes
 
 
-def _choices(draft: Draft, priced: Prices, count: Counter, n_layers: int) -> tuple[Choice, ...]:
+def _choices(draft: Draft, priced: Prices, count: Callable[[Draft], float], n_layers: int) -> tuple[Choice, ...]:
     """Each step with its reason, in the order of what it does."""
     share = count(draft)
     found = [_choice(one, priced, count(draft.without(one, n_layers)) - share) for one in draft.taken(priced.of)]

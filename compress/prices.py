@@ -1,18 +1,21 @@
 """The single steps that a plan may take on a model, each with what it does to the answer's distribution when it is made alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from compress.budget import Budget
+from compress.cost import cost
 from compress.damage import KINDS, layer_damage, token_damage
 from compress.evidence import gather
+from compress.latency import ratio, take_turns
 from compress.passes.base import Evidence, Pass, find_pass
-from compress.passes.layers import refuse_layers
+from compress.passes.layers import RemoveLayers, refuse_layers
 from compress.passes.tokens import Pyramid, Tokens, Withdraw, place
+from compress.recipe import compress
 from probe.analysis.stats import bootstrap_mean
 from probe.errors import PassError
 from probe.example import Example
@@ -26,6 +29,7 @@ BEFORE = (
     "uniform",
 )  # methods before the decoder that are priced, where the model has what they need
 INSIDE = (0.125, 0.25, 0.5)  # shares of the depth at which tokens are dropped by the attention of the last word
+Stopwatch = Callable[[Sequence[Pass]], float]  # steps -> time of reading a prompt, over the dense model's
 Interval = tuple[float, float, float]  # mean over examples, and the ends of its 95 % bootstrap interval; nats
 
 
@@ -37,6 +41,10 @@ class Price:
     layer: int
     damage: Interval
     step: Pass | None = None
+    choosing: float = 0.0  # what choosing tokens costs, as a share of the dense FLOPs of reading a prompt
+    time: float = (
+        1.0  # measured time of reading a prompt with this step alone, over the dense model's; 1 where it was not measured
+    )
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,12 @@ class Prices:
 
 def prices(
     subject: Subject, examples: Sequence[Example], batches: Sequence[Encoded], clean: Sequence[Tensor], evidence: Evidence, seed: int,
-    advance: Callable[[int], None] = lambda n: None,
+    advance: Callable[[int], None] = lambda n: None, stopwatch: Stopwatch | None = None,
 ) -> Prices:  # fmt: skip
     """Measures every step alone on the examples, of which `batches` are the encoded ones and `clean` the dense model's last logits.
 
-    `evidence` may hold `withdrawal_kl` already, which is then not measured again.
+    `evidence` may hold `withdrawal_kl` already, which is then not measured again. With a `stopwatch` every step is timed, of removed layers and skips
+    one in the middle for all.
     """
     found: dict[str, list[Price]] = {}
     known: dict[str, Any] = dict(evidence)
@@ -65,12 +74,33 @@ def prices(
         own = [Price(kind, layer, interval(each[:, layer], seed)) for layer in range(subject.n_layers)]
         known[f"{kind}_kl"] = [one.damage[0] for one in own]
         found[kind] = [one for one in own if kind != "remove" or _removable(subject, one.layer)]
+        if stopwatch and found[kind]:
+            middle = found[kind][len(found[kind]) // 2].layer
+            took = stopwatch([skip(kind, (middle,)) if kind != "remove" else RemoveLayers(layers=(middle,))])
+            found[kind] = [replace(one, time=took) for one in found[kind]]
     if _allowed(subject, Withdraw(layer=last), "withdraw", notes):
         if "withdrawal_kl" not in known:
             known |= gather(subject, examples, ["withdrawal_kl"], seed)
         found["withdraw"] = _withdrawals(subject, known)
     found["tokens"] = _tokens(subject, batches, clean, seed, notes, advance)
+    if stopwatch:
+        found["withdraw"] = [replace(one, time=stopwatch([Withdraw(layer=one.layer)])) for one in found.get("withdraw", ())]
+        found["tokens"] = [replace(one, time=stopwatch([one.step])) for one in found["tokens"] if one.step]
     return Prices({kind: own for kind, own in found.items() if own}, known, tuple(dict.fromkeys(notes)))
+
+
+def stopwatch(subject: Subject, prompts: Sequence[Encoded], rounds: int) -> Stopwatch:
+    """Times copies with some steps made in turns with the dense model: the median ratio of the time of reading a prompt."""
+
+    def ratio_of(steps: Sequence[Pass]) -> float:
+        smaller = compress(subject, list(steps))
+        try:
+            found = take_turns({"dense": (subject, prompts), "this": (smaller, prompts)}, rounds, 1)
+        finally:
+            smaller.detach()
+        return ratio([one.prefill for one in found["this"]], [one.prefill for one in found["dense"]]).value
+
+    return ratio_of
 
 
 def skip(kind: str, layers: Sequence[int]) -> Pass:
@@ -121,11 +151,23 @@ def _tokens(
     found = []
     for step in _token_steps(subject.n_layers):
         try:
-            found.append(Price("tokens", 0, interval(token_damage(subject, step, batches, clean), seed), step))
+            damage = interval(token_damage(subject, step, batches, clean), seed)
+            found.append(Price("tokens", 0, damage, step, _choosing(subject, step, batches[0])))
         except PassError as error:
             notes.append(f"tokens: {error}")
         advance(1)
     return found
+
+
+def _choosing(subject: Subject, step: Pass, batch: Encoded) -> float:
+    """What choosing costs on the first prompt of a batch; what has no closed form counts for nothing."""
+    prompt = subject.encode(batch.examples[0])
+    dense = cost(subject, prompt).total_macs
+    smaller = compress(subject, [step], in_place=True)
+    try:
+        return (cost(smaller, prompt).macs["selector"] or 0.0) / dense
+    finally:
+        smaller.detach()
 
 
 def _token_steps(n_layers: int) -> list[Pass]:

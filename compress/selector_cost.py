@@ -42,11 +42,7 @@ def _visionzip(size: Choosing) -> float:
 
 def _vispruner(size: Choosing) -> float:
     first = size.kept // 2
-    rest, wanted, pairs = size.n - first, size.kept - first, 0
-    while rest > wanted:
-        pairs += (rest - rest // 2) * (rest // 2)
-        rest -= min(8, rest - wanted, rest - rest // 2)
-    return float(pairs * size.tower_width)
+    return float((size.n - first) ** 2 * size.tower_width)
 
 
 def _aim_merge(size: Choosing) -> float:

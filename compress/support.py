@@ -30,7 +30,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
         "# Passes and families",
         "",
-        "What the contract tests found for each pass on each of ten families, at toy size, with random weights and the family's real",
+        "What the contract tests found for each pass on each of eleven families, at toy size, with random weights and the family's real",
         "processor. *yes*: nothing is done at strength zero, bit for bit; what is removed is what its masked twin hides; counts are exactly those that",
         "the settings say; a fresh process loads the saved model and gets the same logits and words; no other weight is touched, and what",
         "hangs on the model comes off without a trace. –: there is nothing it could be about; *no*: refused, with the reason below. `make support`",

@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--questions", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +54,8 @@ def main() -> None:
     student = compress(teacher, [RemoveLayers(layers=tuple(asked.layers))])
     batches = encode_all(teacher, examples(asked.questions), 32)
     dense, before = answer(teacher, batches), answer(student, batches)
-    start, taught = time.perf_counter(), lessons(asked.steps * asked.batch, asked.seed)
+    start, used = time.perf_counter(), time.process_time()
+    taught = lessons(asked.steps * asked.batch, asked.seed)
 
     def advance(losses: Losses) -> None:
         shown = " ".join(f"{name} {value:.3f}" for name, value in vars(losses).items())
@@ -64,12 +65,12 @@ def main() -> None:
         student, teacher, taught, asked.steps, asked.rate, asked.batch, weights=Weights(*asked.weights), seed=asked.seed,
         advance=advance,
     )  # fmt: skip
-    seconds = time.perf_counter() - start
+    seconds = {"wall": round(time.perf_counter() - start), "processor": round(time.process_time() - used)}
     after = answer(student, batches)
     if asked.out:
         saving.save(student, asked.out)
     print(json.dumps({
-        "dense": told(dense), "before": told(before), "after": told(after), "seconds": round(seconds),
+        "dense": told(dense), "before": told(before), "after": told(after), "seconds": seconds,
         "losses": [vars(learned[i]) for i in (0, -1)] if learned else [], "against_dense": compare(dense, after).told()["difference"],
         "against_before": compare(before, after).told()["difference"],
     }))  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -173,3 +174,36 @@ def _settings(source: str) -> dict[str, Any]:
 def _chat_template(source: str) -> str | None:
     path = cached_file(source, "chat_template.jinja", _raise_exceptions_for_missing_entries=False)
     return Path(path).read_text() if path else None
+
+
+# --- the bundled models ---
+
+
+def _demo_models() -> Path | None:
+    spec = find_spec("studies.demo")
+    return Path(spec.submodule_search_locations[0]) / "checkpoints" if spec and spec.submodule_search_locations else None
+
+
+def _demo_names(folder: Path) -> list[str]:
+    known = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return [f"demo:{item}" if item != "joint" else "demo" for item in known]
+
+
+def demo_folder(name: str) -> str:
+    """The folder of `demo` or `demo:NAME`. Raises LoadError with what there is where there is no such model."""
+    folder = _demo_models()
+    if folder is None:
+        raise LoadError("the demo models are part of the sightline distribution, which is not installed here")
+    model = name.partition(":")[2] or "joint"
+    if not (folder / model / "config.json").is_file():
+        raise LoadError(f"there is no demo model {name!r} (there is {', '.join(_demo_names(folder))})")
+    return str(folder / model)
+
+
+def refuse_near_demo(name: str) -> None:
+    """Raises LoadError for a slip of the keyboard in a demo model's name, before a hub is asked for it."""
+    folder = _demo_models()
+    if "/" in name or Path(name).exists() or folder is None:
+        return
+    if near := get_close_matches(name, ["demo", *_demo_names(folder)], 1, 0.7):
+        raise LoadError(f"there is no model {name!r} (did you mean {near[0]!r}?)")

@@ -1,6 +1,6 @@
 """What a trace can record. Each recorder is a small frozen description; the tensors come back with named dimensions."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -193,7 +193,7 @@ class MassCollector:
 
     def result(self) -> dict[str, Named]:
         layers = tuple(sorted(self.found))
-        mass, entropy, sink = (torch.stack([self.found[i][part] for i in layers]) for part in range(3))
+        mass, entropy, sink = (_stacked({i: self.found[i][part] for i in layers}) for part in range(3))
         labels = {"layer": layers, "row_group": self.groups, "column_group": self.columns}
         dims = ("layer", "batch", "head", "row_group")
         return {
@@ -227,7 +227,7 @@ class RowCollector:
         labels: dict[str, tuple[Any, ...]] = {"layer": layers}
         if self.heads is not None:
             labels["head"] = tuple(self.heads)
-        stacked = torch.stack([self.found[i] for i in layers])
+        stacked = _stacked(self.found)
         row = "row" if self.name == "rows" else "query"
         made = {self.name: Named(stacked, ("layer", "batch", "head", row, "key"), labels)}
         if self.name == "rows":
@@ -259,7 +259,7 @@ class StateCollector:
     def result(self) -> dict[str, Named]:
         layers = tuple(sorted(self.found))
         width = ("head", "dim") if self.recorder.point == "z" else ("width",)
-        stacked = torch.stack([self.found[i] for i in layers])
+        stacked = _stacked(self.found)
         if self.recorder.reduce == "mean":
             return {"states": Named(stacked, ("layer", "batch", *width), {"layer": layers})}
         return {
@@ -319,6 +319,17 @@ class LensCollector:
             )
             for name in self.found[layers[0]]
         } | {"lens_positions": Named(self.positions, ("batch", "row"), {})}
+
+
+def _stacked(found: Mapping[int, Tensor]) -> Tensor:
+    """Layers in order, in one tensor. Raises EditError where they have different numbers of heads, as pruned models may."""
+    layers = sorted(found)
+    other = next((layer for layer in layers if found[layer].shape != found[layers[0]].shape), None)
+    if other is not None:
+        raise EditError(
+            f"layers {layers[0]} and {other} of this model differ in heads: record layers that have the same number"
+        )
+    return torch.stack([found[layer] for layer in layers])
 
 
 def _union(groups: list[Tensor]) -> Tensor:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probe.anatomy import Anatomy, Check, Row, resolve, row_of, verify
-from probe.errors import ExampleError, LoadError
+from probe.errors import ExampleError
 from probe.example import Example
 from probe.frames import FRAMES, Filmed, joined
 from probe.geometry import GEOMETRIES, SOUND_GEOMETRIES
-from probe.loading import load_model, load_processor
+from probe.loading import demo_folder, load_model, load_processor, refuse_near_demo
 from probe.mapping import Medium, Rendered, build_map
 from probe.media import Clip, Wave, open_picture, open_sound, open_video
 from probe.prompts import marks_of, render
@@ -343,7 +343,8 @@ def load(
         model.eval()
     else:
         name = str(source)
-        path = _demo_folder(name) if name.split(":")[0] == "demo" else name
+        path = demo_folder(name) if name.split(":")[0] == "demo" else name
+        refuse_near_demo(path)
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or (torch.bfloat16 if target.startswith("cuda") else torch.float32)
         model = load_model(path, chosen, device_map, trust_remote_code, revision)
@@ -369,18 +370,3 @@ def _specimen(subject: Subject) -> dict[str, Any]:
     if not chat and subject.anatomy.row.places == "marked":
         example = replace(example, prompt=f"{lead} {example.prompt}")
     return subject.encode(example).inputs
-
-
-def _demo_folder(name: str) -> str:
-    from importlib.util import find_spec
-
-    spec = find_spec("studies.demo")
-    if spec is None or not spec.submodule_search_locations:
-        raise LoadError("the demo models are part of the sightline distribution, which is not installed here")
-    folder = Path(spec.submodule_search_locations[0]) / "checkpoints"
-    model = name.partition(":")[2] or "joint"
-    if not (folder / model / "config.json").is_file():
-        known = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        shown = ", ".join(f"demo:{item}" if item != "joint" else "demo" for item in known)
-        raise LoadError(f"there is no demo model {name!r} (there is {shown})")
-    return str(folder / model)

@@ -292,6 +292,7 @@ class Cut:
         hit = (rows[:, :, None] == self.rows.to(rows.device)[:, None, :]).any(-1)  # batch row
         cut = (hit[:, :, None] & columns.to(rows.device)[:, None, :])[:, None]
         if self.heads is not None:
+            head_list(self.heads, n_heads)  # layers of a pruned model may have fewer than the model has
             chosen = torch.zeros(n_heads, dtype=torch.bool, device=rows.device)
             chosen[self.heads] = True
             cut = cut & chosen[None, :, None, None]

@@ -14,8 +14,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from compress.calibration import refuse, sequential
+from compress.pruning import Pattern
 from probe.alignment import gather_anchors, read_alignment, sides_of
 from probe.analysis.alignment import mean_over_pairs, unit
+from probe.calibration import linear_maps
 from probe.example import Example
 from probe.likelihood import Method, score_options
 from probe.subject import Subject
@@ -25,12 +28,15 @@ from studies.speed import SCHEMA, interleaved, paired
 from studies.study import Summary, study
 
 EXAMPLES, WORDS = 200, 80  # of an implicit-alignment study: how many there are, and how many are read through the vocabulary
+CALIBRATED = 128  # examples that Wanda looks at
 OPTIONS = ("red", "two blue circle", "left", "there is a green star")
 GOALS = {
     "alignment_over_forwards": (f"implicit alignment of {EXAMPLES} examples / {EXAMPLES} forwards", "at most 1.3"),
     "pairs_speedup": (f"all pairs of {EXAMPLES} examples: double loop / closed form", "at least 100"),
     "pairs_difference": ("  their largest difference", "at most 1e-6"),
     "likelihood_over_one_by_one": (f"likelihood of {len(OPTIONS)} options: one by one / prompt once", "at least 2.5"),
+    "wanda_over_forwards": (f"Wanda by dense states, {CALIBRATED} examples / their forwards", "at most 1.2"),
+    "wanda_rerun_over_forwards": ("  by pruned states (layers run twice) / twice their forwards", "at most 1.2"),
     "likelihood_difference": ("  their largest difference", "at most 1e-5 in float32"),
 }  # fmt: skip
 
@@ -80,13 +86,15 @@ def analyses(
     pairs = interleaved({"closed form": lambda: _closed(a, b), "double loop": lambda: _loop(a, b)}, 3, target, quiet)
     seconds |= pairs
     plain, words = (paired(seconds, name, "forward") for name in ("alignment", "alignment with words"))
+    calibrated = _pruned(subject, asked, rounds, target, quiet)
+    seconds |= calibrated.pop("seconds")
     likelihood = _likelihood(subject, asked, rounds, target, quiet)
     seconds |= likelihood.pop("seconds")
     summary: Summary = {
         "run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes,
         "alignment_over_forwards": ((EXAMPLES - WORDS) * plain + WORDS * words) / EXAMPLES,
         "pairs_speedup": paired(pairs, "double loop", "closed form"), "pairs_difference": abs(_closed(a, b) - _loop(a, b)),
-        **likelihood,
+        **likelihood, **calibrated,
     }  # fmt: skip
     run.write(
         "all", [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
@@ -108,6 +116,31 @@ def _likelihood(subject: Subject, asked: Example, rounds: int, target: torch.dev
         "seconds": seconds, "likelihood_over_one_by_one": paired(seconds, "whole", "prefix"),
         "likelihood_difference": max(abs(x - y) for x, y in zip(once, each, strict=True)),
     }  # fmt: skip
+
+
+def _pruned(subject: Subject, asked: Example, rounds: int, target: torch.device, quiet: bool) -> dict[str, Any]:
+    """Wanda over a calibration set, put together from what was measured: once its check and its sorting, for each example its share of the loop."""
+    few = [subject.encode(replace(asked, id=f"calibration {i}")) for i in range(4)]
+    ones = torch.ones(1, device=target)
+    timed: dict[str, Callable[[], Any]] = {
+        "calibration forwards": lambda: [last_logits(subject, one) for one in few],
+        "calibration, dense states": lambda: sequential(subject, few, lambda index, layer, maps: None, dense=True, check=False),
+        "calibration, pruned states": lambda: sequential(subject, few, lambda index, layer, maps: None, check=False),
+        "calibration check": lambda: refuse(subject, few[0]),
+        "wanda": lambda: [Pattern(0.5).kept(module.weight.float().abs() * ones) for _, module in linear_maps(subject)],
+    }
+    seconds = interleaved(timed, min(3, rounds), target, quiet)
+    each = {name: np.array(found) for name, found in seconds.items()}
+    once, sets = each["calibration check"] + each["wanda"], CALIBRATED / len(few)
+    ratios = {
+        times: (once + sets * each[name]) / (times * sets * each["calibration forwards"])
+        for times, name in ((1, "calibration, dense states"), (2, "calibration, pruned states"))
+    }
+    return {
+        "seconds": seconds,
+        "wanda_over_forwards": float(np.median(ratios[1])),
+        "wanda_rerun_over_forwards": float(np.median(ratios[2])),
+    }
 
 
 def _closed(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from probe.plots import shift as plots
 from probe.surroundings import SETS
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import ranged
 from studies.work import curve, interval, picked, refuse_nothing, skipped
 
 Table = dict[str, np.ndarray]
@@ -137,4 +138,4 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 
 def _number(found: dict[str, Any]) -> str:
-    return "-" if found["value"] is None else f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return "-" if found["value"] is None else ranged(found)

@@ -11,6 +11,7 @@ from probe.analysis.stats import sign_flip
 from probe.plots import sinks as plots
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import above, below, ranged
 from studies.work import curve, interval, picked, refuse_nothing, skipped
 
 KINDS = ("shown", "text", "control")
@@ -183,7 +184,7 @@ def _where(summary: Summary) -> list[str]:
         if found["value"] is not None:
             lines.append(
                 f"{name} lie on the background {_percent(found)} of the time, where chance is {found['chance']['value']:.0%}: "
-                f"{100 * found['difference']['value']:+.1f} points ({100 * found['difference']['low']:.1f} to {100 * found['difference']['high']:.1f}), "
+                f"{_points(found['difference'])}, "
                 f"n = {found['n']}{_p(found)}."
             )
         if ratio["value"] is not None:
@@ -201,7 +202,7 @@ def _matters(summary: Summary) -> list[str]:
         if paired is not None:
             one = paired["log_prob"]
             gap = one["difference"]
-            apart = gap["low"] > 0 or gap["high"] < 0
+            apart = above(gap) or below(gap)
             verdict = (
                 f"**matters {'less' if gap['value'] > 0 else 'more'}** than hiding as many other positions"
                 if apart
@@ -251,11 +252,16 @@ def _p(found: dict[str, Any]) -> str:
     return "" if found["p_value"] is None else f", p = {found['p_value']:.3f}"
 
 
+def _points(found: dict[str, Any]) -> str:
+    scaled = {side: None if found[side] is None else 100 * found[side] for side in ("value", "low", "high")}
+    return f"{ranged({**found, **scaled}, '+.1f')} points"
+
+
 def _percent(found: dict[str, Any]) -> str:
-    return "-" if found["value"] is None else f"{found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})"
+    return "-" if found["value"] is None else ranged(found, ".1%")
 
 
 def _number(found: dict[str, Any], digits: int = 3) -> str:
     if found["value"] is None:
         return "-"
-    return f"{found['value']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+    return ranged(found, f".{digits}f")

@@ -77,6 +77,7 @@ class Bench:
     max_new_tokens: int = 4
     seed: int = 0
     advance: Callable[[int], None] = lambda n: None
+    memory: bool = True  # whether peaks are measured
 
     @cached_property
     def sifted(self) -> tuple[tuple[Example, ...], dict[str, str]]:
@@ -196,7 +197,7 @@ class Bench:
     ) -> dict[str, Any]:  # fmt: skip
         shares = accuracy(answers)
         cost, dense = mean_cost(subject, prompts), mean_cost(self.dense, self.prompts)
-        memory = peaks_by_phase(subject, prompts[0], self.tokens)
+        memory = peaks_by_phase(subject, prompts[0], self.tokens) if self.memory else {}
         weights = sum(w.numel() * w.element_size() for w in subject.model.parameters())
         same = answers.first.shape == self.answers.first.shape
         return {
@@ -205,7 +206,7 @@ class Bench:
             "accuracy_by_kind": {kind: vars(share) for kind, share in shares.items() if kind != "all"},
             "affirmed": vars(affirmed(answers)),
             **(compare(self.answers, answers, self.seed).told() if same else {}), "text_only": self._text_only(subject),
-            **_times(times), "peak_memory": weights + max(memory.values()), "memory": {"weights": weights, **memory},
+            **_times(times), "peak_memory": weights + max(memory.values()) if memory else None, "memory": {"weights": weights, **memory},
             "flops": cost.flops, "flops_ratio": cost.macs / dense.macs, "flops_by_phase": {
                 phase: None if macs is None else 2 * macs for phase, macs in cost.by_phase.items()
             }, "decode_flops": 2 * cost.decode_macs, "kv_bytes": cost.kv_bytes, "kv_ratio": cost.kv_bytes / max(1.0, dense.kv_bytes),
@@ -259,7 +260,7 @@ def collect(rows: pa.Table) -> list[dict[str, Any]]:
     for point in points:
         name = point["name"]
         point["standing"] = {"flops": flops[name], "prefill": times.get(name)}
-        point["on_frontier"] = (times.get(name) or flops[name]) == "frontier"
+        point["on_frontier"] = "frontier" in (flops[name], times.get(name))  # of FLOPs, or of measured time
         point["separable"] = "dominated" not in (flops[name], times.get(name))
     return [{**{key: point[key] for key in KEYS}, **point} for point in points]
 

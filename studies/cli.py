@@ -143,7 +143,7 @@ def models(
 
 
 def _checked(subject: "Subject") -> dict[str, Any]:
-    checks = [{"check": check.name, "held": check.held, "seen": check.seen} for check in subject.checks]
+    checks = [{"check": check.name, "held": check.held, "seen": check.seen, "means": check.means} for check in subject.checks]
     return {"family": subject.anatomy.family, "model_type": subject.anatomy.model_type, "checks": checks}
 
 
@@ -153,7 +153,7 @@ def _checks_as_text(subject: "Subject") -> str:
         f"{subject.anatomy.family} ({subject.anatomy.model_type}), {subject.n_layers} layers; takes "
         f"{', '.join(subject.marks) or 'text only'}",
         *(f"  {part:<14}{getattr(subject.anatomy, part) or '-'}" for part in parts),
-        *(f"  {'held' if check.held else 'FAILED':<8}{check.name:<10}{check.seen}" for check in subject.checks),
+        *(f"  {'held' if check.held else 'FAILED':<8}{check.name:<10}{check.seen:<10}{check.means}" for check in subject.checks),
     ])  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def trace(
         _say(summary, as_json, text)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def study(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="a study's name; `sightline studies` lists them")],
@@ -236,7 +236,10 @@ def study(
     columns: Columns = None, out: Out = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, device_map: DeviceMap = None,
     trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Run a study. Its own options come from its signature: `sightline studies`, then docs/studies."""
+    """Run a study. `sightline study NAME --help` shows its own options beside these; `sightline studies` lists the names."""
+    if name == "--help":
+        typer.echo(context.get_help())
+        return
     with _errors(debug):
         from studies.options import parse
         from studies.study import Setting, find_study
@@ -244,7 +247,7 @@ def study(
         _quiet_libraries()
         function = find_study(name)
         options = parse(name, function, context.args)
-        if name in ("speed", "backends", "analyses"):  # they bring their own model and data
+        if name in ("speed", "backends", "analyses", "compressing"):  # they bring their own model and data
             summary = function(out=out, seed=seed, device=device, dtype=dtype, quiet=quiet, **options)
         else:
             found = _load_data(data, limit, columns, seed)
@@ -279,7 +282,8 @@ def measure(
 def compress(
     recipe: Annotated[Path | None, typer.Argument(help="a recipe: passes in order, as YAML (docs/compress/recipes.md)")] = None,
     plan: Annotated[Literal["auto"] | None, typer.Option(help="auto: a recipe made from evidence, in place of one that is given")] = None,
-    budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's FLOPs that reading a prompt may take")] = 0.6,
+    budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's cost that reading a prompt may take")] = 0.6,
+    cost: Annotated[Literal["flops", "time"], typer.Option(help="with --plan: FLOPs, or the time that this machine takes")] = "flops",
     run: Annotated[list[Path] | None, typer.Option(help="with --plan: a run of information-flow or implicit-alignment to read; repeat it")] = None,
     evidence_data: Annotated[str, typer.Option(help="data that plans and calibration rest on (default: other scenes of the demo)")] = "",
     model: Model = "demo", data: DataName = "demo", limit: Limit = 64, out: Out = None, batch: Batch = 8, rounds: Rounds = 12,
@@ -305,7 +309,7 @@ def compress(
         found = _load_data(data, limit, columns, seed)
         subject = _load(model, device, dtype, None, trust_remote_code)
         examples, _ = set_apart(found, evidence_data)
-        made = None if asked else planned(subject, examples, budget, run or (), seed, quiet)
+        made = None if asked else planned(subject, examples, budget, run or (), seed, quiet, cost)
         asked = asked or (made.recipe if made else None)
         assert asked is not None
         bench = Bench(subject, found, batch, rounds, tokens, seed=seed)

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from compress.passes.skips import Composite, ShortV, Skip
-
 from compress.budget import Budget
 from compress.passes import PASSES
 from compress.passes.base import Pass
 from compress.passes.layers import RemoveLayers
 from compress.passes.masks import Masks
 from compress.passes.prune import Prune
+from compress.passes.skips import Composite, ShortV, Skip
 from compress.passes.tokens import Pyramid, Tokens, Withdraw
 from compress.passes.width import Width
 from compress.recipe import Recipe

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +55,21 @@ def load_data(source: str, limit: int | None = None, columns: Mapping[str, str] 
         f"there is no data set {source!r}: name {', '.join(TELLINGS)}, a .jsonl file, a folder that datasets saved, or a "
         f"benchmark such as pope:PATH"
     )
+
+
+def apart(data: Data, count: int) -> tuple[Data, tuple[Example, ...]]:
+    """Data to be asked, and at most `count` other examples to calibrate on: of the bundled world other scenes, else every other example.
+
+    Raises DataError where there are too few to be parted.
+    """
+    if data.name in TELLINGS:
+        seed = int(data.fingerprint.rsplit(":", 1)[1])
+        return data, load_data(data.name, count, seed=seed + 1000).examples
+    if len(data) < 2:
+        raise DataError(f"{data.name} has {len(data)} example: some to calibrate on and others to ask are needed")
+    taken = data.examples[1::2][:count]
+    ids = {example.id for example in taken}
+    return replace(data, examples=tuple(e for e in data.examples if e.id not in ids)), taken
 
 
 def _benchmark(source: str, name: str, place: str, limit: int | None) -> Data:

@@ -13,7 +13,8 @@ from studies.data import Data
 from studies.grounding_units import BASELINES, CENTRED, LAST_OF_ALL, LOCAL, MASK, ONE, RELATIVE, SIDE, Choice, Plan, table_of
 from studies.run import Run
 from studies.study import Setting, Summary
-from studies.work import curve, interval, picked, skipped
+from studies.telling import above, below, ranged
+from studies.work import curve, interval, picked, share, skipped
 
 METRICS = Scores._fields
 HEADLINE = f"{ONE}, word"
@@ -58,7 +59,9 @@ def _by_scene(rows: pa.Table, what: str, key: str) -> np.ndarray:
 
 
 def _scores(table: np.ndarray, seed: int) -> dict[str, Any]:
-    return {metric: interval(table[:, i], seed) for i, metric in enumerate(METRICS)}
+    """Means over scenes; Acc@0.5 and pointing are proportions where a scene has one phrase."""
+    read = {metric: share if metric in ("hit", "pointing") else interval for metric in METRICS}
+    return {metric: read[metric](table[:, i], seed) for i, metric in enumerate(METRICS)}
 
 
 def _gains(differences: np.ndarray, seed: int) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def report(summary: Summary, setting: Setting) -> str:
         f"`{setting.data.name}`.", "", _answer(summary), "",
         f"Heads were chosen on {summary['n_selection']} examples ({summary['n_selection_scenes']} scenes) and scored on {summary['n']} others "
         f"({summary['n_scenes']} scenes, {summary['n_phrases']} phrases); no scene is in both. Intervals are 95 % bootstrap intervals over "
-        "scenes; phrases of one scene are averaged first.", "",
+        "scenes (Wilson's for Acc@0.5 and pointing where each scene has one phrase); phrases of one scene are averaged first.", "",
         "## Maps", "", "![overlays](figures/overlays.png)", "",
         "The first scored examples: the boxes of what the phrase speaks of, and each method's map, bright where it is high.", "",
         "## Scores", "", "![scores](figures/scores.png)", "", *_table(summary), "",
@@ -161,8 +164,8 @@ def report(summary: Summary, setting: Setting) -> str:
 
 def _answer(summary: Summary) -> str:
     area, other, gap = summary["auc"], summary["null"][HEADLINE]["auc"], summary["against_null"][HEADLINE]["auc"]
-    verdict = "finds its object" if gap["low"] > 0 else (
-        "finds other objects rather than its own" if gap["high"] < 0 else "is not shown to find its own object rather than another"
+    verdict = "finds its object" if above(gap) else (
+        "finds other objects rather than its own" if below(gap) else "is not shown to find its own object rather than another"
     )  # fmt: skip
     return (
         f"Read through one head ({summary['chosen'][ONE]['word']}, layer and head), the attention of a word {verdict}: its AUC is {_plain(area)}, and "
@@ -174,7 +177,7 @@ def _answer(summary: Summary) -> str:
 def _beside(summary: Summary) -> str:
     """What the baselines and the trained head say to the same claim."""
     hard, box = summary["gains"][HEADLINE][LAST_OF_ALL], summary["gains"][HEADLINE][CENTRED]
-    word = "better" if hard["auc"]["low"] > 0 else "worse" if hard["auc"]["high"] < 0 else "not shown to be better or worse"
+    word = "better" if above(hard["auc"]) else "worse" if below(hard["auc"]) else "not shown to be better or worse"
     told = (
         f" Beside the last position's attention, averaged over all heads and layers, it is {word}: the AUC differs by {_signed(hard['auc'])}, the IoU by "
         f"{_signed(hard['iou'])}; beside a centred box, which objects of a grid seldom meet, the IoU differs by {_signed(box['iou'])}."
@@ -186,11 +189,11 @@ def _beside(summary: Summary) -> str:
 
 
 def _plain(found: dict[str, Any]) -> str:
-    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+    return ranged(found, ".2f")
 
 
 def _signed(found: dict[str, Any]) -> str:
-    return f"{found['value']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+    return ranged(found, "+.2f")
 
 
 def _p(value: float | None) -> str:

@@ -12,6 +12,7 @@ from probe.analysis.svar import svar, windows
 from probe.plots import svar as plots
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import ranged
 from studies.work import curve, interval, picked, refuse_nothing, skipped
 
 COMPARISONS = {
@@ -166,7 +167,7 @@ def _verdict(name: str, found: dict[str, Any]) -> str:
     return (
         f"{what.capitalize()} (n = {found['n_detected']}) beside {beside} (n = {found['n_beside']}): **{says}**. SVAR of the {window} layers has an AUROC of "
         f"{_auroc(one)} (permuted labels {one['null_low']:.2f} to {one['null_high']:.2f}, p = {one['p']:.4f}); how unsure the answer is has {_auroc(found['detected']['answer'])}, "
-        f"a difference of {gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})."
+        f"a difference of {ranged(gap, '+.2f')}."
     )
 
 
@@ -191,7 +192,7 @@ def _tables(summary: Summary, names: Sequence[str]) -> list[str]:
 
 def _line(sign: str, one: dict[str, Any]) -> str:
     gap = one.get("over_answer")
-    over = "-" if gap is None else f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
+    over = "-" if gap is None else f"{ranged(gap, '+.2f')}"
     name = "the answer's own probability" if sign == "answer" else f"SVAR, {sign} layers"
     return (
         f"| {name} | {_auroc(one)} | {one['null_low']:.2f} to {one['null_high']:.2f} | {one['p']:.4f} | {one['ap']:.2f} ({one['ap_low']:.2f} to {one['ap_high']:.2f}) | "
@@ -210,4 +211,4 @@ def _heads(summary: Summary, names: Sequence[str]) -> list[str]:
 
 
 def _auroc(one: dict[str, Any]) -> str:
-    return f"{one['auroc']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
+    return ranged({"value": one["auroc"], "low": one["low"], "high": one["high"]}, ".2f")

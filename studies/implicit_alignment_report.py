@@ -18,7 +18,7 @@ from studies.implicit_alignment_words import report
 from studies.modalities import Part
 from studies.run import Run
 from studies.study import Summary
-from studies.work import picked, skipped
+from studies.work import interval, picked, share, skipped
 
 __all__ = ["figures", "report", "summarise"]
 SKILLS = ("accuracy", "existence", "hallucination")
@@ -60,8 +60,7 @@ def _curve(values: np.ndarray, seed: int) -> dict[str, Any]:
     known = ~np.isnan(values).all(0)
     made = {name: np.full(values.shape[1], np.nan) for name in ("mean", "low", "high")}
     if known.any():
-        interval = bootstrap_mean(values[:, known], seed)
-        for name, side in zip(made, interval, strict=True):
+        for name, side in zip(made, bootstrap_mean(values[:, known], seed), strict=True):
             made[name][known] = side
     return {**{name: side.tolist() for name, side in made.items()}, "n": len(values)}
 
@@ -115,15 +114,10 @@ def _score(rows: pa.Table, seed: int) -> dict[str, Any]:
         own = np.nanmean(matched, 1)
         theirs = np.nanmean(other, 1) if other.shape == matched.shape else None
         made[reading] = {
-            **_number(own, seed), "unmatched": None if theirs is None else _number(theirs, seed),
-            "gap": None if theirs is None else _number(own - theirs, seed),
+            **interval(own, seed), "unmatched": None if theirs is None else interval(theirs, seed),
+            "gap": None if theirs is None else interval(own - theirs, seed),
         }  # fmt: skip
     return made
-
-
-def _number(values: np.ndarray, seed: int) -> dict[str, Any]:
-    found = bootstrap_mean(values, seed)
-    return {"value": float(found.value), "low": float(found.low), "high": float(found.high), "n": len(values)}
 
 
 def _site(rows: pa.Table, site: str, seed: int) -> dict[str, Any] | None:
@@ -134,14 +128,14 @@ def _site(rows: pa.Table, site: str, seed: int) -> dict[str, Any] | None:
         return None
     own = matched[:, known].mean(1)
     made: dict[str, Any] = {
-        "matched": _number(own, seed),
+        "matched": interval(own, seed),
         "layers": np.nonzero(known)[0].tolist(),
         "unmatched": None,
         "gap": None,
     }
     if other.shape == matched.shape:
         theirs = other[:, known].mean(1)
-        made |= {"unmatched": _number(theirs, seed), "gap": _number(own - theirs, seed)}
+        made |= {"unmatched": interval(theirs, seed), "gap": interval(own - theirs, seed)}
     return made
 
 
@@ -159,9 +153,9 @@ def _inside(rows: pa.Table, seed: int) -> dict[str, Any] | None:
         return None
     inside, outside = (np.mean(found, 0) for found in gaps.values())
     return {
-        "inside": _number(inside, seed),
-        "outside": _number(outside, seed),
-        "difference": _number(inside - outside, seed),
+        "inside": interval(inside, seed),
+        "outside": interval(outside, seed),
+        "difference": interval(inside - outside, seed),
     }
 
 
@@ -263,7 +257,8 @@ def _members(rows: pa.Table, seed: int) -> Summary:
     for name in names:
         found = picked(own, example=name)
         values = dict(zip(found["key"].to_pylist(), found["values"].to_pylist(), strict=True))
-        members.append({"name": name, **{key: _number(np.array(v), seed) if v else None for key, v in values.items()}})
+        read = {key: share if key in SKILLS else interval for key in values}  # skills are shares of questions
+        members.append({"name": name, **{key: read[key](np.array(v), seed) if v else None for key, v in values.items()}})
     correlation: dict[str, Any] = {}
     for reading in READINGS:
         for skill in SKILLS:

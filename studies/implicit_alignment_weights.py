@@ -79,7 +79,8 @@ def _by_layer(values: np.ndarray, layers: np.ndarray) -> list[float]:
 def _layer_curve(values: np.ndarray, layers: np.ndarray, seed: int) -> dict[str, list[float]]:
     """Mean over each layer's matrices with a bootstrap interval over them."""
     numbers = [interval(values[layers == layer], seed) for layer in np.unique(layers)]
-    return {name: [one[key] for one in numbers] for name, key in (("mean", "value"), ("low", "low"), ("high", "high"))}
+    known = lambda value: float("nan") if value is None else value  # noqa: E731  all draws agree
+    return {name: [known(one[key]) for one in numbers] for name, key in (("mean", "value"), ("low", "low"), ("high", "high"))}
 
 
 def _square(values: np.ndarray, pairs: Sequence[tuple[int, int]], count: int) -> list[list[float]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from probe.sites import SITES
 from studies.study import Setting, Summary
+from studies.telling import above, bracketed, ranged
 
 FINDINGS = (
     "Perceptual and textual tokens live in different spaces",
@@ -83,7 +84,7 @@ def _weights(summary: Summary) -> tuple[str, str]:
     if found["across"] <= found["chance"]:
         verdict = "does not hold here"
     else:
-        verdict = "holds, beyond what \\|W\\| gives" if all(one["low"] > 0 for one in beyond.values()) else "mostly \\|W\\|"
+        verdict = "holds, beyond what \\|W\\| gives" if all(above(one) for one in beyond.values()) else "mostly \\|W\\|"
     return verdict, (
         f"IoU of the weights kept at {found['sparsity']:.0%} sparsity, perceptual against textual: {found['across']:.3f}. With one side's inputs "
         f"permuted over the columns {found['permuted']:.3f} (paired difference {_signed(beyond['permuted'])}); either side against \\|W\\| alone "
@@ -93,7 +94,7 @@ def _weights(summary: Summary) -> tuple[str, str]:
 
 
 def _signed(one: Mapping[str, Any]) -> str:
-    return f"{one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+    return bracketed(one, "+.3f")
 
 
 def _aligned(summary: Summary) -> tuple[str, str]:
@@ -105,7 +106,7 @@ def _aligned(summary: Summary) -> tuple[str, str]:
             continue
         clear = [q is not None and q < LEVEL for q in found["q"]]
         some = 0 < sum(clear) <= len(clear) / 2  # fewer than most: in part, whatever else holds
-        hold += [*([True, False] if some else [any(clear)]), inside is not None and inside["difference"]["low"] > 0]
+        hold += [*([True, False] if some else [any(clear)]), inside is not None and above(inside["difference"])]
         gap = max((g for g in found["gap"]["mean"]), default=0.0)
         more = (
             ""
@@ -212,7 +213,7 @@ def _sites(summary: Summary) -> list[str]:
 
 
 def _number(found: Mapping[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return "-" if found is None else ranged(found)
 
 
 def _drift(summary: Summary) -> list[str]:

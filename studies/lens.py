@@ -105,6 +105,10 @@ def lens(
             raise StudyError(f"there is no {name} {value!r}{did_you_mean(value, allowed)}")
     if top < 1 or words < 1:
         raise StudyError(f"the lens needs at least one token and one word to look for, not top {top} and words {words}")
+    if top > subject.vocabulary:
+        raise StudyError(
+            f"top {top} is more than the {subject.vocabulary} tokens of the vocabulary: every word would count as read"
+        )
     if question != AUTO and "{}" not in question:
         raise StudyError(f"a question about an object has a place for its word ({{}}), unlike {question!r}")
     image_layer = min(image_layer, subject.n_layers - 1)

@@ -7,12 +7,13 @@ import pyarrow as pa
 
 from probe.analysis.clustered import auroc_draws, auroc_of_cases, auroc_over_examples
 from probe.analysis.lens import OTHER_PATCHES, OTHER_WORD, OWN, best_layer
-from probe.analysis.stats import benjamini_hochberg, sign_flip, wilson
+from probe.analysis.stats import benjamini_hochberg, ends, sign_flip, wilson
 from probe.plots import lens as plots
 from probe.vocabulary import NORMS
 from studies.objects import ABSENT, PRESENT, ROLES
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import above, below, bracketed
 from studies.work import curve, interval, picked, skipped
 
 KINDS = {"first": "the likeliest token", "among": "among the likeliest"}
@@ -122,7 +123,7 @@ def _strange(values: np.ndarray, strange: np.ndarray, present: np.ndarray, examp
         return {"strange": None, "beyond_strange": None}
     own, other = (auroc_draws(side, present[known], example[known], seed) for side in sides)
     gap = auroc_of_cases(sides[0], present[known]) - auroc_of_cases(sides[1], present[known])
-    low, high = (float(end) for end in np.nanpercentile(own - other, [2.5, 97.5]))
+    low, high = ends(*np.nanpercentile(own - other, [2.5, 97.5]))
     n = len(np.unique(example[known]))
     return {
         "strange": _detected(sides[1], present[known], example[known], seed),
@@ -131,7 +132,8 @@ def _strange(values: np.ndarray, strange: np.ndarray, present: np.ndarray, examp
 
 
 def _detected(values: np.ndarray, present: np.ndarray, example: np.ndarray, seed: int) -> dict[str, Any]:
-    value, low, high = (float(side) for side in auroc_over_examples(values, present, example, seed))
+    value, *sides = (float(side) for side in auroc_over_examples(values, present, example, seed))
+    low, high = ends(*sides)
     return {"value": value, "low": low, "high": high, "n": len(np.unique(example))}
 
 
@@ -248,11 +250,11 @@ _ERASED = (
 def _range(one: dict[str, Any], form: str = ".3f") -> str:
     if one["value"] is None:
         return "not known"
-    return f"{one['value']:{form}} [{one['low']:{form}}, {one['high']:{form}}]"
+    return bracketed(one, form)
 
 
 def _clear(one: dict[str, Any] | None) -> bool:
-    return one is not None and one["value"] is not None and one["low"] > 0
+    return one is not None and above(one)
 
 
 def _said_of_words(summary: Summary, plan: Any) -> list[str]:
@@ -262,9 +264,12 @@ def _said_of_words(summary: Summary, plan: Any) -> list[str]:
         gaps = [among[null]["gap_at_best"] for null in NULLS if among[null]]
         verdict = "They do, above every null" if gaps and all(map(_clear, gaps)) else "Not beyond every null"
         elsewhere = among[OTHER_PATCHES]
-        if elsewhere and elsewhere["gap_at_best"]["value"] is not None and elsewhere["gap_at_best"]["high"] < 0:
+        if elsewhere and below(elsewhere["gap_at_best"]):
             gap = elsewhere["gap_at_best"]
-            more = {"value": -gap["value"], "low": -gap["high"], "high": -gap["low"]}
+            more = {
+                **gap,
+                **{a: None if gap[b] is None else -gap[b] for a, b in (("value", "value"), ("low", "high"), ("high", "low"))},
+            }
             verdict = (
                 "The reverse: as many patches elsewhere in the picture read the object's word more often than its own patches do, by "
                 f"{_range(more)} (paired)"
@@ -291,7 +296,7 @@ def _said_of_confidence(summary: Summary) -> list[str]:
                 continue
             strange, own = found["strange"], found["auroc"]
             beyond = found["beyond_strange"]
-            verdict = "It does" if own["low"] > 0.5 and _clear(beyond) else "Not beyond its null"
+            verdict = "It does" if above(own, 0.5) and _clear(beyond) else "Not beyond its null"
             against = (
                 f"; with another picture's confidence {_range(strange)}, a difference of {_range(beyond)}" if strange else ""
             )
@@ -312,7 +317,7 @@ def _said_of_confidence(summary: Summary) -> list[str]:
 def _said_of_erasing(summary: Summary, plan: Any) -> list[str]:
     found = summary["erasure"]
     beyond = {arm: one["at_layer"] for arm, one in found["beyond"].items()}
-    gone = beyond and all(one["value"] is not None and one["high"] < 0 for one in beyond.values())
+    gone = beyond and all(below(one) for one in beyond.values())
     verdict = "It goes, further than with other words" if gone else "Not beyond what erasing other words does"
     turned = found["turned"][OWN]
     against = "; ".join(f"against {arm} {_range(one)}" for arm, one in beyond.items()) or "no other word is known"

@@ -39,7 +39,7 @@ FLOWS = {
     "image->last": ("last", "media"),
 }  # fmt: skip
 MASSES = Mass(rows=("media", "question", "last"), columns=("media", "question"))
-SKIPS = ("ee-mllm", "shortv")  # passes that are masks of a kind, where this version has them
+SKIPS = ("composite", "shortv")  # passes that are masks of a kind: visual rows of a layer do not attend
 LOOKED = 64  # prompts at most whose attention is read
 
 

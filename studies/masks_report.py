@@ -1,6 +1,6 @@
 """The masks study's numbers, figures and words, made from its records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,15 @@ import pandas as pd
 import pyarrow as pa
 
 from compress.measure import Share
+from compress.passes.masks import Masks
+from compress.tokens.pairs import MASKS
 from probe.plots import panels
 from probe.plots.panels import GREY, Line, Pair, Series
 from studies.bench import Configuration
 from studies.points import sentence
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import bracketed
 from studies.tradeoffs_report import surely_worse
 from studies.work import curve
 
@@ -24,6 +27,9 @@ FLOWS = {
     "image->question": ("question to the picture", "the question gives the picture"),
     "image->last": ("last position to the picture", "the last position gives the picture"),
 }
+
+
+OF_VISUAL_ROWS = ("image->image", "question->image")
 
 
 def summarise(rows: pa.Table, points: list[dict[str, Any]], asked: Sequence[Configuration], seed: int) -> Summary:
@@ -39,12 +45,24 @@ def summarise(rows: pa.Table, points: list[dict[str, Any]], asked: Sequence[Conf
             "pairs": next(iter(own[own["what"] == "pairs"]["mass"]), None),
         }  # fmt: skip
         made.append(point)
-    masses = {one.name: _masses(table[(table["name"] == one.name) & (table["what"] == "mass")], seed) for one in asked}
+    masses = {
+        one.name: _masses(_attending(one, table[(table["name"] == one.name) & (table["what"] == "mass")]), seed)
+        for one in asked
+    }
     dense = next(point for point in made if point["baseline"] == "full")
     return {
         "n": dense["n"], "n_existence": dense["yes"]["said"]["n"], "n_looked": len(set(table[table["what"] == "mass"]["example"])),
         "dense": dense["name"], "points": made, "masses": masses,
     }  # fmt: skip
+
+
+def _attending(one: Configuration, table: pd.DataFrame) -> pd.DataFrame:
+    """The masses with 0 where visual rows do not attend: a trace shows what they would have looked at."""
+    first = one.recipe.passes[0] if one.recipe else None
+    if first is None or isinstance(first, Masks):
+        return table
+    silent = table["flow"].isin(OF_VISUAL_ROWS) & table["layer"].isin(list(getattr(first, "layers", None) or ()))
+    return table.assign(mass=table["mass"].where(~silent, 0.0))
 
 
 def _yes(table: pd.DataFrame) -> dict[str, Any]:
@@ -69,25 +87,32 @@ def _masses(table: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 def figures(run: Run, summary: Summary) -> None:
     """Accuracy and yes by mask and layers; attention masses of the dense model and of the masks on all layers."""
-    run.figure("accuracy", *accuracies(summary))
+    for name, points in accuracy_figures(summary).items():
+        run.figure(name, *accuracies(summary, points))
     run.figure("attention", *attention(summary))
 
 
-def accuracies(summary: Mapping[str, Any]) -> Pair:
-    """A row for each part of the depth, a mark for each mask."""
-    points = summary["points"]
-    methods = list(dict.fromkeys(point["method"] for point in points if point["method"]))
-    shown = [("right answers", _accuracy)]
+def accuracy_figures(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The figures of accuracy, and the points of each, the dense one first: masks, and passes that skip attention."""
+    dense, *steps = sorted(summary["points"], key=lambda point: bool(point["method"]))
+    parts = {"accuracy": [p for p in steps if p["method"] in MASKS], "skips": [p for p in steps if p["method"] not in MASKS]}
+    return {name: [dense, *part] for name, part in parts.items() if part}
+
+
+def accuracies(summary: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Pair:
+    """A panel for each mask: right answers and answers of yes, by the layers that it stands on, the dense model above them."""
+    dense = next(point for point in points if not point["method"])
+    shown: list[tuple[str, Callable[[Mapping[str, Any]], Mapping[str, float]]]] = [("right answers", _accuracy)]
     if summary["n_existence"]:
-        shown += [("says yes", lambda point: point["yes"]["said"])]
+        shown.append(("says yes to whether something is there", lambda point: point["yes"]["said"]))
     made = []
-    for title, read in shown:
-        series: list[Series] = [("dense", {"no layer": read(next(p for p in points if not p["method"]))}, GREY)]
-        for k, method in enumerate(methods):
-            own = {_where(p): read(p) for p in points if p["method"] == method}
-            series.append((method, own, panels.colour(k)))
-        made.append((title, series))
-    return panels.values(made, "share of questions, 95 % interval", share=True)
+    for method in dict.fromkeys(point["method"] for point in points if point["method"]):
+        own = {"none (dense)": dense, **{_where(point): point for point in points if point["method"] == method}}
+        series: list[Series] = [
+            (name, {where: read(point) for where, point in own.items()}, panels.colour(k)) for k, (name, read) in enumerate(shown)
+        ]  # fmt: skip
+        made.append((method, series))
+    return panels.values(made, "share of questions", share=True)
 
 
 def _accuracy(point: Mapping[str, Any]) -> dict[str, float]:
@@ -102,13 +127,12 @@ def _where(point: Mapping[str, Any]) -> str:
 def attention(summary: Mapping[str, Any]) -> Pair:
     """A panel for each flow: mass by layer, the dense model beside every mask on all layers."""
     whole = widest(summary)
-    names = [summary["dense"], *(point["name"] for point in whole)]
     made = []
     for flow, (title, _) in FLOWS.items():
-        lines: list[Line] = [("dense", summary["masses"][names[0]][flow], GREY, True)]
-        lines += [
+        lines: list[Line] = [
             (p["method"], summary["masses"][p["name"]][flow], panels.colour(k), False) for k, p in enumerate(whole)
-        ]  # fmt: skip
+        ]
+        lines.append(("dense", summary["masses"][summary["dense"]][flow], GREY, True))
         made.append((title, lines))
     layers = list(range(summary["n_layers"]))
     return panels.curves(made, [layers] * len(made), "layer", "share of attention")
@@ -140,14 +164,14 @@ def report(summary: Summary, setting: Setting) -> str:
         f"{summary['n']} questions; nothing is trained.", "", "## The answer", "",
         f"The dense model answers {dense['accuracy']:.1%} [{dense['accuracy_low']:.1%}, {dense['accuracy_high']:.1%}].", "",
         *(f"- {_told(summary, point, dense)}" for point in widest(summary)), "", *_least(summary), "",
-        "![accuracy](figures/accuracy.png)", "",
-        "Each mask on each part of the depth. "
-        + (f"Right: how often {summary['n_existence']} questions of existence are answered with yes; the thing is there in "
-           f"{dense['yes']['there']['value']:.0%}. " if summary["n_existence"] else "")
-        + "Bars are 95 % Wilson intervals.", "",
+        *(line for name in accuracy_figures(summary) for line in (f"![accuracy](figures/{name}.png)", "")),
+        "Each mask on each part of the depth: right answers"
+        + (f", and how often {summary['n_existence']} questions of existence are answered with yes (the thing is there in "
+           f"{dense['yes']['there']['value']:.0%})" if summary["n_existence"] else "")
+        + ". Bars are 95 % Wilson intervals.", "",
         "## Where attention goes", "", "![attention](figures/attention.png)", "",
         f"Share of attention by layer, heads averaged, over {summary['n_looked']} prompts with a 95 % bootstrap interval: the dense model, and each mask "
-        f"on as many layers as it was put on.", "",
+        f"on as many layers as it was put on. Rows that do not attend give nothing.", "",
         *(f"- {_flows(summary, point)}" for point in widest(summary)), "",
         "## Every configuration", "", _table(summary["points"]), "", *_surely(summary), "", *_words(summary),
     ]  # fmt: skip
@@ -167,7 +191,11 @@ def _told(summary: Mapping[str, Any], point: Mapping[str, Any], dense: Mapping[s
             f" It says yes to {point['yes']['said']['value']:.0%} of the questions of existence (dense {dense['yes']['said']['value']:.0%}), to "
             f"{point['yes']['absent']['value']:.0%} of those about things that are not there (dense {dense['yes']['absent']['value']:.0%})."
         )
-    return text
+    broke = {kind: len(k["broke"]) for kind, k in point["by_kind"].items() if k["broke"]}
+    lost = ", ".join(
+        f"{n} of {point['by_kind'][kind]['n']} {kind}" for kind, n in sorted(broke.items(), key=lambda one: -one[1])
+    )
+    return f"{text} Right before and wrong now: {lost or 'none'}."
 
 
 def _least(summary: Mapping[str, Any]) -> list[str]:
@@ -207,7 +235,7 @@ def _row(point: Mapping[str, Any]) -> str:
     pairs = "" if point["pairs"] is None else f"{point['pairs']:.0%}"
     return (
         f"| {point['method'] or 'none (dense)'} | {point['layers']} | {point['accuracy']:.1%} [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}] | "
-        f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}] | {point['divergence']['value']:.3f} | {said} | {absent} | {pairs} | "
+        f"{bracketed(change, '+.1%')} | {point['divergence']['value']:.3f} | {said} | {absent} | {pairs} | "
         f"{point['flops_ratio']:.0%} |"
     )
 
@@ -217,8 +245,8 @@ def _surely(summary: Mapping[str, Any]) -> list[str]:
     worst = surely_worse(steps)
     return [
         f"Of {len(steps)} configurations {len(worst)} surely cost accuracy by McNemar's test at a false discovery rate of 5 %. `pairs` is the share of "
-        f"the causal query-key pairs that is left, over all layers; dense kernels compute every pair under a mask, so that FLOPs and times stay what "
-        f"they were. Keys and values are all kept: a written token costs what it did."
+        f"the causal query-key pairs that is left, over all layers; dense kernels compute every pair under a mask, so that a mask leaves FLOPs and "
+        f"times what they were; passes that skip attention save what stands under FLOPs. Keys and values are all kept: a written token costs what it did."
     ]
 
 

@@ -17,6 +17,7 @@ from studies.bench import SCHEMA, Bench, Configuration, collect
 from studies.points import broken, figure, sentence, table
 from studies.run import Run
 from studies.study import describe, progress
+from studies.telling import bracketed
 
 
 def measure(subject: Subject, dense: Subject | None, bench: Bench, out: Path | None, quiet: bool) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _lines(point: Mapping[str, Any]) -> dict[str, Any]:
         "FLOPs of reading a prompt": f"{point['flops_ratio']:.0%} of the dense model's", "keys and values": f"{point['kv_ratio']:.0%}",
     }  # fmt: skip
     if change:
-        told["against the dense model"] = f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}], paired"
+        told["against the dense model"] = f"{bracketed(change, '+.1%')}, paired"
     if ratio:
         told["time of an answer"] = f"{ratio['value']:.2f} of the dense model's ({ratio['verdict']})"
     return told

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from studies.study import Setting, Summary
+from studies.telling import above, ranged
 
 NOUN = {"image": "picture", "video": "clip", "audio": "sound", "text": "context"}
 SPOILT = {
@@ -20,7 +21,7 @@ def share(one: Mapping[str, Any]) -> str:
 
 def signed(one: Mapping[str, Any]) -> str:
     """A difference with its interval."""
-    return f"{one['value']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
+    return ranged(one, "+.2f")
 
 
 def report(summary: Summary, setting: Setting) -> str:
@@ -50,7 +51,7 @@ def _answer(summary: Summary) -> str:
         return f"The questions come with one modality each, so that importance beside others is not defined.{gain}"
     need = {m: summary["importance"][m]["right"] for m in summary["modalities"]}
     told = "; ".join(f"{NOUN[m]} {signed(one)}" for m, one in need.items())
-    clear = [NOUN[m] for m, one in need.items() if one["low"] > 0]
+    clear = [NOUN[m] for m, one in need.items() if above(one)]
     verdict = (
         f"On average the answers need the {' and the '.join(clear)}"
         if clear
@@ -105,7 +106,7 @@ def _exchanged(summary: Summary) -> list[str]:
         if not one["n"]:
             lines.append(f"- no {NOUN[m]} could be exchanged")
             continue
-        fell = one["fall"]["low"] > 0
+        fell = above(one["fall"])
         lines.append(
             f"- {NOUN[m]} of another example: its importance {'falls' if fell else 'does not clearly fall'}, by {signed(one['fall'])} to "
             f"{signed(one['importance'])}; accuracy from everything falls by {signed(one['accuracy_fall'])} "
@@ -144,7 +145,7 @@ def _controls(summary: Summary) -> list[str]:
 def _shares(summary: Summary) -> list[str]:
     found = summary["shares"]
     told = "; ".join(
-        f"{'words' if m == 'text' else NOUN[m]} {one['value']:.1%} ({one['low']:.1%} to {one['high']:.1%}) with {found['even'][m]['value']:.1%} of the groups"
+        f"{'words' if m == 'text' else NOUN[m]} {ranged(one, '.1%')} with {found['even'][m]['value']:.1%} of the groups"
         for m, one in found["share"].items()
     )
     return [

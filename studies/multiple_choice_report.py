@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.analysis.stats import mcnemar, paired_difference, wilson
+from probe.analysis.stats import ends, mcnemar, paired_difference, wilson
 from probe.plots.panels import colour, curves, noted, values
 from studies.run import Run
 from studies.study import Summary
 from studies.tasks.scores import average, drawable, proportion
 from studies.tasks.scores_chef import BINS, bins, ece
 from studies.tasks.scores_choice import circular
+from studies.telling import above, below, bracketed
 from studies.work import picked, refuse_nothing, skipped
 
 REDUCES = ("mean", "sum", "per-byte")
@@ -37,8 +38,8 @@ def summarise(rows: pa.Table, reduce: str, problems: Sequence[str], seed: int) -
         "unknown": _share("unknown answers", chosen["generation"] < 0),
         "by_reduce": {name: _share(f"accuracy by likelihood ({name})", _likely(asked, name) == right) for name in REDUCES},
         "agreement": _share("both choose alike", chosen["generation"] == chosen["likelihood"]),
-        "difference": {"value": float(difference.value), "low": float(difference.low), "high": float(difference.high),
-                       "p": mcnemar(hits["generation"], hits["likelihood"])},
+        "difference": {**dict(zip(("value", "low", "high"), (float(difference.value), *ends(float(difference.low), float(difference.high))), strict=True)),
+                       "n": len(asked), "p": mcnemar(hits["generation"], hits["likelihood"])},
         "ece": ece(sure.tolist(), hits["likelihood"].tolist(), seed).as_dict(), "bins": _bins(sure, hits["likelihood"]),
         "confidence": average("confidence", sure.tolist(), seed).as_dict(),
         "turned": {way: _turned(turned, way, reduce, seed) for way in WAYS} if len(turned) else None,
@@ -129,8 +130,8 @@ def _gain(asked: pa.Table, hidden: pa.Table, reduce: str, seed: int) -> dict[str
         shared = [name for name in first if name in second]
         x, y = (np.array([table[name] for name in shared], dtype=bool) for table in (first, second))
         found = paired_difference(x.astype(float), y.astype(float), seed)
-        numbers = {side: float(getattr(found, side)) for side in ("value", "low", "high")}
-        made[way] = {**numbers, "p": mcnemar(x, y), "n": len(shared)}
+        low, high = ends(float(found.low), float(found.high))
+        made[way] = {"value": float(found.value), "low": low, "high": high, "p": mcnemar(x, y), "n": len(shared)}
     return made
 
 
@@ -199,7 +200,7 @@ def _calibration(summary: Summary) -> tuple[Any, Any]:
 
 
 def _said(one: dict[str, Any]) -> str:
-    return "not defined" if one["value"] is None else f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    return "not defined" if one["value"] is None else bracketed(one)
 
 
 def report(summary: Summary) -> str:
@@ -209,8 +210,8 @@ def report(summary: Summary) -> str:
     lines = [
         "# Does the model choose right, by what it writes and by what it finds likely?", "",
         f"{summary['model']} names the right option in {_said(accuracy['generation'])} of {summary['n']} questions (95 % interval), and finds it likeliest in "
-        f"{_said(accuracy['likelihood'])}, where guessing gives {summary['chance']:.3f}: {verdict} (difference {gap['value']:+.3f} "
-        f"[{gap['low']:+.3f}, {gap['high']:+.3f}], McNemar p = {gap['p']:.2g}). Both choose alike in {_said(summary['agreement'])}.", "",
+        f"{_said(accuracy['likelihood'])}, where guessing gives {summary['chance']:.3f}: {verdict} (difference "
+        f"{bracketed(gap, '+.3f')}, McNemar p = {gap['p']:.2g}). Both choose alike in {_said(summary['agreement'])}.", "",
         "![accuracy](figures/accuracy.png)", "",
         f"{_said(summary['unknown'])} of the answers name none of the options, or several; they count as wrong, and as no agreement. Likelihood is the {summary['reduce']} "
         "over an option's tokens; the others give:", "",
@@ -234,14 +235,14 @@ def report(summary: Summary) -> str:
 def _blind_words(summary: Summary) -> str:
     """Accuracy without the picture beside guessing, and what the picture adds on the same questions."""
     told = [
-        f"{_said(summary['blind'][way])} by {way}, the picture adding {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] on the same {gain['n']} "
+        f"{_said(summary['blind'][way])} by {way}, the picture adding {bracketed(gain, '+.3f')} on the same {gain['n']} "
         f"questions (McNemar p = {gain['p']:.2g})"
         for way, gain in summary["gain"].items()
     ]
-    above = [way for way in WAYS if summary["blind"][way]["low"] > summary["chance"]]
+    better = [way for way in WAYS if above(summary["blind"][way], summary["chance"])]
     verdict = (
-        f"By {' and by '.join(above)} some of it needs no picture, being above guessing without one."
-        if above
+        f"By {' and by '.join(better)} some of it needs no picture, being above guessing without one."
+        if better
         else f"Neither is above guessing ({summary['chance']:.3f}) within its interval, so that nothing is shown to need no picture."
     )
     return f"Without the picture it is {'; '.join(told)}. {verdict}"
@@ -260,7 +261,7 @@ def _order_words(summary: Summary) -> list[str]:
     ]
     first = summary["turned"]["generation"]
     place, chance = first["places"][0], first["chance"][0]
-    biased = place["value"] is not None and (place["low"] > chance or place["high"] < chance)
+    biased = above(place, chance) or below(place, chance)
     return [
         *lines, "", "![places](figures/places.png)", "",
         f"In all rotations together each option stands in each place equally often, so that of the choices made the first place would have {chance:.3f} if "

@@ -91,9 +91,15 @@ def patching(
 
     `window_width` are the layers whose blocks are patched together (default: that of the study information-flow); `least` the
     logits by which the two runs must differ for an effect to be defined; `ig_steps` the steps of the integrated attribution (0:
-    none; 5 are usual); `method` is `replay` or `naive`, one forward for each patch, for architectures that cannot be replayed.
+    none; 5 are usual); `method` is `replay` or `naive`, one forward for each patch, for architectures that cannot be replayed. Raises
+    StudyError for a model with layers without softmax attention, whose heads are none to patch.
     """
     subject = setting.subject
+    if None in subject.anatomy.attention:
+        raise StudyError(
+            f"the study patches the heads of every layer, and layer {subject.anatomy.attention.index(None)} of this {subject.anatomy.family} model "
+            f"has no softmax attention: it takes models whose layers all attend"
+        )
     if method not in ("replay", "naive"):
         raise StudyError(f"there is no method {method!r}{did_you_mean(method, ('replay', 'naive'))}")
     if least < 0 or ig_steps < 0:

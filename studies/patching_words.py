@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from studies.study import Setting, Summary
+from studies.telling import above, ranged
 
 FIGURES = (
     ("sites", "Mean effect of each group of positions at each layer. A state put into the residual stream stands for all that came "
@@ -35,7 +36,7 @@ def report(summary: Summary, setting: Setting) -> str:
 def _span(one: dict[str, Any], digits: int = 2) -> str:
     if one["value"] is None:
         return "not measured"
-    return f"{one['value']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+    return ranged(one, f".{digits}f")
 
 
 def _answer(summary: Summary) -> str:
@@ -58,9 +59,9 @@ def _answer(summary: Summary) -> str:
         f"above {name} by {_span(gap)}" + ("" if gap["p_value"] is None else f" (one-sided sign-flip p = {gap['p_value']:.4f})")
         for name, gap in known.items()
     )
-    if all(gap["low"] > 0 for gap in known.values()):
+    if all(above(gap) for gap in known.values()):
         return f"**The fact is at the object.** {told} It is {beside}."
-    return f"**The object's positions are not told apart from every control.** {told} The object is {beside}; an interval includes zero."
+    return f"**The object's positions are not told apart from every control.** {told} The object is {beside}."
 
 
 def _moves(summary: Summary) -> str:

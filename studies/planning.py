@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compress.planning import Plan, plan
+from compress.planning import UNITS, Cost, Plan, plan
 from probe.analysis.stats import bootstrap_mean
 from probe.errors import StudyError
 from probe.example import Example
@@ -32,12 +32,13 @@ def set_apart(data: Data, source: str = "") -> tuple[tuple[Example, ...], str]:
 
 
 def planned(
-    subject: Subject, examples: Sequence[Example], budget: float, runs: Sequence[str | Path] = (), seed: int = 0, quiet: bool = True
+    subject: Subject, examples: Sequence[Example], budget: float, runs: Sequence[str | Path] = (), seed: int = 0, quiet: bool = True,
+    cost: Cost = "flops",
 ) -> Plan:  # fmt: skip
     """A plan for a budget from examples and from runs of information-flow and implicit-alignment on the same model."""
     evidence = evidence_of(subject, runs)
     with progress("pricing steps", 100, quiet, "measurements") as advance:
-        return plan(subject, examples, budget, evidence, seed, advance)
+        return plan(subject, examples, budget, evidence, seed, advance, cost)
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------
@@ -105,9 +106,9 @@ _READERS = {"information-flow": _flow, "implicit-alignment": _alignment}
 def told(made: Plan) -> list[str]:
     """A plan in Markdown: its choices with their reasons, and what it was chosen among."""
     lines = [
-        f"{made.recipe.about[0].upper()}{made.recipe.about[1:]}.", "", "| step | why | saves (FLOPs, beside the others) |", "|---|---|---|",
+        f"{made.recipe.about[0].upper()}{made.recipe.about[1:]}.", "", f"| step | why | saves ({UNITS[made.cost]}, beside the others) |", "|---|---|---|",
         *(f"| {one.what} | {one.why} | {one.saves:.1%} |" for one in made.choices), "",
-        "Chosen among these, all applied to a copy and measured:", "", "| kinds of steps | predicted, nats | measured, nats | FLOPs |", "|---|---|---|---|",
+        "Chosen among these, all applied to a copy and measured:", "", "| kinds of steps | predicted, nats | measured, nats | FLOPs | time |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for one in made.tried:
         value, low, high = one.measured

@@ -5,6 +5,7 @@ from typing import Any
 
 from probe.plots.frontier import frontier
 from probe.plots.panels import Pair
+from studies.telling import bracketed
 
 Points = Sequence[Mapping[str, Any]]
 
@@ -46,7 +47,7 @@ def table(points: Points) -> str:
 def _row(point: Mapping[str, Any]) -> str:
     name = f"**{point['name']}**" if point["baseline"] else point["name"]
     change = point.get("difference")
-    against = "" if change is None else f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]"
+    against = "" if change is None else bracketed(change, "+.1%")
     prefill = "" if point["prefill_ms"] is None else f"{point['prefill_ms']:.1f} ms"
     ratio = point["ratios"].get("prefill")
     shown = f"{prefill}, x {ratio['value']:.2f}" if ratio else prefill
@@ -73,7 +74,7 @@ def sentence(point: Mapping[str, Any]) -> str:
     text = f"{point['name']}: {point['accuracy']:.1%} of {point['n']} right [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}]"
     if point.get("difference"):
         change = point["difference"]
-        text += f", {change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}] against the dense model (McNemar p = {point['p']:.3g})"
+        text += f", {bracketed(change, '+.1%')} against the dense model (McNemar p = {point['p']:.3g})"
     if point["verdict"]:
         ratio = point["ratios"]["answer"]
         text += f"; an answer takes {ratio['value']:.2f} of the dense model's time: {point['verdict']}"

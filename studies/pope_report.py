@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.analysis.stats import benjamini_hochberg, correlate, mcnemar, paired_difference
+from probe.analysis.stats import benjamini_hochberg, correlate, ends, mcnemar, paired_difference
 from probe.plots.panels import colour, noted, values
 from studies.run import Run
 from studies.study import Setting, Summary
 from studies.tasks.scores import Score, drawable
 from studies.tasks.scores_pope import SPLITS, Verdict, auroc, pope
+from studies.telling import above, bracketed
 from studies.work import interval, picked, refuse_nothing, skipped
 
 READINGS = ("input", "same")
@@ -92,13 +93,8 @@ def _paired(a: pa.Table, b: pa.Table, seed: int) -> dict[str, Any]:
     shared = [name for name in first if name in second]
     x, y = (np.array([table[name] for name in shared], dtype=bool) for table in (first, second))
     found = paired_difference(x.astype(float), y.astype(float), seed)
-    return {
-        "value": float(found.value),
-        "low": float(found.low),
-        "high": float(found.high),
-        "p": mcnemar(x, y),
-        "n": len(shared),
-    }
+    low, high = ends(float(found.low), float(found.high))
+    return {"value": float(found.value), "low": low, "high": high, "p": mcnemar(x, y), "n": len(shared)}
 
 
 def _within(rows: pa.Table, seed: int) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def _alignment(models: dict[str, Any]) -> tuple[Any, Any]:
 def _said(one: dict[str, Any] | None) -> str:
     if one is None or one["value"] is None:
         return "not defined"
-    return f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    return bracketed(one)
 
 
 def report(summary: Summary, setting: Setting) -> str:
@@ -213,11 +209,11 @@ def report(summary: Summary, setting: Setting) -> str:
 
 def _blind_words(found: dict[str, Any], gain: dict[str, Any]) -> str:
     blind = found["blind"]
-    told = "more than without it" if gain["low"] > 0 else "no more than without it, as far as these questions can tell"
+    told = "more than without it" if above(gain) else "no more than without it, as far as these questions can tell"
     return (
         f"Without its picture it answers {_said(blind['accuracy'])} rightly ({_said(blind['unknown_rate'])} say neither yes nor no) and affirms "
         f"{_said(blind['hallucination'])} of what is not there; its p(yes) has an AUROC of {_said(blind['auroc'])}. With the picture it knows {told} "
-        f"(accuracy {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}], McNemar p = {gain['p']:.2g}, n = {gain['n']})."
+        f"(accuracy {bracketed(gain, '+.3f')}, McNemar p = {gain['p']:.2g}, n = {gain['n']})."
     )
 
 
@@ -282,7 +278,7 @@ def _alignment_words(summary: Summary) -> list[str]:
 def _pair_table(comparison: Sequence[dict[str, Any]]) -> list[str]:
     return [
         "| models | difference of accuracy | McNemar p | q | n |", "|---|---|---|---|---|",
-        *(f"| {one['a']} less {one['b']} | {one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}] | {one['p']:.2g} | {one['q']:.2g} | {one['n']} |" for one in comparison),
+        *(f"| {one['a']} less {one['b']} | {bracketed(one, '+.3f')} | {one['p']:.2g} | {one['q']:.2g} | {one['n']} |" for one in comparison),
     ]  # fmt: skip
 
 

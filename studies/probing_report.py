@@ -6,6 +6,7 @@ from typing import Any
 from probe.plots import probing as plots
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import bracketed, ranged
 
 __all__ = ["figures", "report", "sentence", "table"]
 PLACES = {
@@ -46,7 +47,7 @@ def sentence(name: str, one: Mapping[str, Any], places: Mapping[str, str] = PLAC
     """One fact's answer."""
     best, base = one["best"], one["majority"]
     where = places.get(one["place"], one["place"])
-    head = f"{best['value']:.2f} [{best['low']:.2f}, {best['high']:.2f}] at state {best['state']} (n = {one['n']}), the most frequent class {base['value']:.2f}"
+    head = f"{bracketed(best, '.2f')} at state {best['state']} (n = {one['n']}), the most frequent class {base['value']:.2f}"
     if one["onset"] is None:
         return f"**{name}** is not read above the most frequent class anywhere; the best is {where}: {head}."
     start = one["onset"]
@@ -55,7 +56,7 @@ def sentence(name: str, one: Mapping[str, Any], places: Mapping[str, str] = PLAC
 
 def table(facts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     rows = [
-        f"| {fact} | {group} | {one['n']} | {one['classes']} | {one['best']['value']:.2f} ({one['best']['low']:.2f} to {one['best']['high']:.2f}), state "
+        f"| {fact} | {group} | {one['n']} | {one['classes']} | {ranged(one['best'], '.2f')}, state "
         f"{one['best']['state']} | {one['majority']['value']:.2f} | {one['control']['mean'][one['best']['state']]:.2f} | "
         f"{'-' if one['first_above'] is None else one['first_above']} | {_start(one['onset'])} |"
         for fact, groups in facts.items() for group, one in groups.items()

@@ -11,6 +11,7 @@ from probe.analysis.stats import benjamini_hochberg, sign_flip
 from probe.plots import relevance as plots
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import above, bracketed
 from studies.work import interval, picked, skipped
 
 LEVEL = 0.05
@@ -165,18 +166,14 @@ def report(summary: Summary, setting: Setting, plan: Any, maps: list[str]) -> st
 def _range(one: dict[str, Any], form: str = ".3f") -> str:
     if one["value"] is None:
         return "not known"
-    return f"{one['value']:{form}} [{one['low']:{form}}, {one['high']:{form}}]"
+    return bracketed(one, form)
 
 
 def _said_of_mass(summary: Summary) -> list[str]:
     known = {method: found for method, found in summary["mass"].items() if found}
     if not known:
         return ["No example has a box whose place among the positions is known, so that this cannot be said."]
-    good = [
-        m
-        for m, f in known.items()
-        if f["gain"]["low"] > 0 and f["beyond_mirrored"]["value"] is not None and f["beyond_mirrored"]["low"] > 0
-    ]
+    good = [m for m, f in known.items() if above(f["gain"]) and above(f["beyond_mirrored"])]
     first = next(iter(known.values()))
     lines = [
         f"{', '.join(good) if good else 'No method'} put{'' if len(good) > 1 else 's'} more on the object than its area, and more than on its mirror image. The object takes "
@@ -192,7 +189,7 @@ def _said_of_deletion(summary: Summary, plan: Any) -> list[str]:
     found, share = summary["deletion"], str(plan.shares[0])
     good = [
         m for m in plan.methods
-        if found[m][share]["q"] is not None and found[m][share]["q"] < LEVEL and found[m][share]["beyond_random"]["low"] > 0
+        if found[m][share]["q"] is not None and found[m][share]["q"] < LEVEL and above(found[m][share]["beyond_random"])
     ]  # fmt: skip
     how = "made to hold the baseline" if plan.deletion == "ablate" else "hidden from all text"
     lines = [

@@ -12,6 +12,7 @@ from probe.plots import routing as plots
 from probe.routing import GROUPS
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import above, ranged
 from studies.work import curve, interval, picked, skipped
 
 LEVEL, TWICE = 0.05, 2.0  # a unit leans to a modality: false discovery rate, and how many times as often it is used
@@ -170,13 +171,13 @@ def _answer(summary: Mapping[str, Any]) -> str:
         f"the Jensen-Shannon divergence between the modalities' {noun} is {_number(summary['js'])} nats, with labels moved along the sequence "
         f"{_number(summary['js_null'])} (n = {summary['n']}; above it at {summary['clear_layers']} of {len(summary['layers'])} layers at q < {LEVEL})"
     )
-    if gap["low"] is not None and gap["low"] > 0 and summary["clear_layers"]:
+    if above(gap) and summary["clear_layers"]:
         return f"Yes, in part: {told}."
     return f"Nothing clear was found: {told}."
 
 
 def _number(one: Mapping[str, Any]) -> str:
-    return f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+    return ranged(one)
 
 
 def _divergence(summary: Mapping[str, Any]) -> list[str]:

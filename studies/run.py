@@ -102,8 +102,16 @@ class Run:
         return self.folder / "records" / f"part-{key}.parquet"
 
     def pending(self, keys: Iterable[str]) -> list[str]:
-        """The keys whose rows are not there yet."""
+        """The keys whose rows are not there yet. Parts that another limit's rows set aside are there again."""
+        keys = list(keys)
+        for key in keys:
+            aside = self._aside(self.part(key))
+            if aside.is_file() and not self.part(key).is_file():
+                aside.replace(self.part(key))
         return [key for key in keys if not self.part(key).is_file()]
+
+    def _aside(self, part: Path) -> Path:
+        return self.folder / "set-aside" / part.name
 
     def write(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
         """A unit's rows, all at once. Raises RunError when they cannot be written (a full disk); nothing stays behind."""
@@ -119,10 +127,15 @@ class Run:
             raise RunError(f"{target} cannot be written: {error.strerror or error}") from error
 
     def rows(self, keys: Iterable[str]) -> pa.Table:
-        """All rows of some units, in the order of the keys; parts of other units (another limit's) are removed."""
+        """All rows of some units, in the order of the keys.
+
+        Parts of other units (another limit's) are moved to `set-aside`, so that `records` holds what the summary is of and nothing that was
+        measured is lost: asked for again, they are back.
+        """
         keys = list(keys)
         for other in set((self.folder / "records").glob("part-*.parquet")) - {self.part(key) for key in keys}:
-            other.unlink()
+            self._aside(other).parent.mkdir(exist_ok=True)
+            other.replace(self._aside(other))
         words = [field.name for field in self.schema if pa.types.is_string(field.type)]
         parts = [pq.read_table(self.part(key), schema=self.schema, read_dictionary=words) for key in keys]
         return pa.concat_tables(parts).unify_dictionaries()

@@ -52,12 +52,22 @@ STUDIES: dict[str, tuple[str, str]] = {
     "vision-layers": (
         "studies.vision_layers", "Which layers of the vision tower carry which facts, and what does merging levels give?",
     ),
+    "subnetworks": (
+        "studies.subnetworks", "Which weights does the model need, and do tasks and modalities need the same ones?",
+    ),
     "tradeoffs": (
         "studies.tradeoffs", "What does each step of compression cost in accuracy, and what does it save?",
     ),
+    "layer-skipping": (
+        "studies.layer_skipping", "Which layers do visual tokens need, which do words, and does a score tell before one tries?",
+    ),
+    "token-reduction": ("studies.token_reduction", "Which visual tokens can go, and which way of choosing them is best?"),
     "before-after": ("studies.before_after", "What does compression change inside a model?"),
     "masks": ("studies.masks", "What does each attention mask do to a model that was trained without it?"),
     "speed": ("studies.speed", "What do tracing and replaying cost, next to a plain forward pass and to the naive way?"),
+    "compressing": (
+        "studies.compressing", "Does compression save the time that its FLOPs promise, and what does choosing cost?",
+    ),
     "analyses": ("studies.analyses", "What do the analyses cost, next to the forward passes that they read?"),
     "backends": ("studies.backends", "What does it cost to read the same points through nnsight or TransformerLens?"),
 }  # fmt: skip

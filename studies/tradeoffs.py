@@ -12,6 +12,7 @@ from typing import Any
 from compress.evidence import gather
 from compress.passes import METHODS
 from compress.passes.base import Evidence
+from compress.planning import Cost
 from compress.recipe import Recipe, parse
 from probe.analysis.stats import paired_difference
 from probe.errors import PassError, StudyError, did_you_mean
@@ -24,40 +25,45 @@ from studies.search import measured
 from studies.study import Setting, Summary, describe, progress, study
 from studies.tradeoffs_report import report
 
-PLAN, PLAN_FILE = "evidence plan", "plan.json"
+PLANS: dict[Cost, str] = {"flops": "evidence plan", "time": "evidence plan by time"}
 
 
 @study
 def tradeoffs(
     setting: Setting, *, shares: str = "0.5,0.25,0.125", methods: str = "all", rounds: int = 12, tokens: int = 8, budget: float = 0.6,
-    runs: str = "", evidence_data: str = "",
+    time_budget: float = 0.8, runs: str = "", evidence_data: str = "",
 ) -> Summary:  # fmt: skip
     """What does each step of compression cost in accuracy, and what does it save?
 
     `shares` are the shares of visual tokens that stay (of more than eight methods each takes the first two), `methods` the token
     reducers (`all`, or names), `rounds` how often each configuration is timed in turns with the dense model (0 leaves times out),
-    `tokens` how many tokens each timed answer has. `budget` is the share of the dense FLOPs that the plan from evidence may take (0: no plan); it rests
-    on `evidence_data` (other scenes of the demo) and on `runs` of information-flow and implicit-alignment, folders with commas between.
+    `tokens` how many tokens each timed answer has. `budget` is the share of the dense FLOPs that the plan from evidence may take, `time_budget` that of
+    measured time for another one (0: no plan); they rest on `evidence_data` (other scenes of the demo) and on `runs` of information-flow and
+    implicit-alignment, folders with commas between.
     """
-    kept, chosen = _shares(shares), _methods(methods)
+    kept, chosen = shares_of(shares), chosen_methods(methods)
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(setting.data), "shares": list(kept),
         "methods": chosen, "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed, "padding": setting.padding,
-        "budget": budget, "runs": runs, "evidence_data": evidence_data,
+        "budget": budget, "time_budget": time_budget, "runs": runs, "evidence_data": evidence_data,
     }  # fmt: skip
     run = Run.open(setting.out, "tradeoffs", config, describe(setting.subject), SCHEMA)
     bench = Bench(setting.subject, setting.data, setting.batch, rounds, tokens, seed=setting.seed)
     with run.recorded():
-        plan = _plan(setting, run, budget, [one for one in runs.split(",") if one], evidence_data)
-        asked = [*configurations(setting.subject, kept, chosen), *_planned_configurations(plan)]
+        budgets: dict[Cost, float] = {"flops": budget, "time": time_budget if rounds else 0.0}
+        plans = {
+            cost: _plan(setting, run, cost, share, [one for one in runs.split(",") if one], evidence_data)
+            for cost, share in budgets.items()
+        }
+        asked = [*configurations(setting.subject, kept, chosen), *_planned_configurations(plans)]
         refused = _measure(setting, run, bench, asked, evidence_data)
         rows = run.rows([one.key for one in asked if one.name not in refused])
         points = collect(rows)
     summary: Summary = finite({
         "run": str(run.folder), "n": len(bench.examples), "unused": bench.sifted[1], "points": points, "skipped": {**refused, **left_out()},
         "frontier": [point["name"] for point in points if point["on_frontier"]],
-        "evidence_plan": next((point for point in points if point["name"] == PLAN), None),
-        "plan": plan and {**plan, "against": _against(rows, plan, setting.seed)},
+        "evidence_plan": next((point for point in points if point["name"] == PLANS["flops"]), None),
+        "plans": {PLANS[cost]: {**plan, "against": _against(rows, plan, setting.seed)} for cost, plan in plans.items() if plan},
     })  # fmt: skip
     run.figure("frontier", *figure(points))
     run.finish(summary, report(summary))
@@ -94,30 +100,31 @@ def _evidence(setting: Setting, run: Run, asked: Sequence[Configuration], eviden
 # --- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def _plan(setting: Setting, run: Run, budget: float, runs: Sequence[str], evidence_data: str) -> dict[str, Any] | None:
+def _plan(
+    setting: Setting, run: Run, cost: Cost, budget: float, runs: Sequence[str], evidence_data: str
+) -> dict[str, Any] | None:  # fmt: skip
     """The plan as JSON, made once for a run; with a reason in place of a recipe where there is none."""
     if not budget:
         return None
-    kept = run.folder / PLAN_FILE
+    kept = run.folder / f"plan-{cost}.json"
     if not kept.is_file():
         examples, whence = set_apart(setting.data, evidence_data)
         try:
-            made = planned(setting.subject, examples, budget, runs, setting.seed, setting.quiet)
+            made = planned(setting.subject, examples, budget, runs, setting.seed, setting.quiet, cost)
             text = {**made.told(), "whence": whence, "words": told(made)}
         except PassError as error:
             text = {"refused": str(error)}
-        run.write_json(PLAN_FILE, finite(text))
+        run.write_json(kept.name, finite(text))
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
 
 
-def _planned_configurations(plan: Mapping[str, Any] | None) -> list[Configuration]:
-    if plan is None or "refused" in plan:
-        return []
-    return [
-        Configuration(PLAN, _recipe(plan["recipe"])),
-        *(Configuration(name, _recipe(text)) for name, text in plan["rivals"].items()),
-    ]
+def _planned_configurations(plans: Mapping[Cost, Mapping[str, Any] | None]) -> list[Configuration]:
+    """The plans, and the budget of FLOPs met without evidence."""
+    made = {cost: plan for cost, plan in plans.items() if plan and "refused" not in plan}
+    found = [Configuration(PLANS[cost], _recipe(plan["recipe"])) for cost, plan in made.items()]
+    rivals = made["flops"]["rivals"] if "flops" in made else {}
+    return [*found, *(Configuration(name, _recipe(text)) for name, text in rivals.items())]
 
 
 def _recipe(text: str) -> Recipe:
@@ -128,7 +135,7 @@ def _recipe(text: str) -> Recipe:
 
 def _against(rows: Any, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The plan's accuracy less that of the same budget without evidence, item by item; what was drawn several times is averaged first."""
-    if "refused" in plan:
+    if "refused" in plan or plan["cost"] != "flops":
         return {}
     table = rows.to_pandas()
     items = table[table["what"] == "item"].pivot(index="example", columns="name", values="right").astype(float)
@@ -139,7 +146,8 @@ def _against(rows: Any, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
     found = {}
     for group, names in groups.items():
         value, low, high = (
-            float(side) for side in paired_difference(items[PLAN].to_numpy(), items[names].mean(axis=1).to_numpy(), seed)
+            float(side)
+            for side in paired_difference(items[PLANS["flops"]].to_numpy(), items[names].mean(axis=1).to_numpy(), seed)
         )
         found[group] = {
             "value": value,
@@ -154,7 +162,8 @@ def _against(rows: Any, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
 # --- options -------------------------------------------------------------------------------------------------------------
 
 
-def _shares(text: str) -> tuple[float, ...]:
+def shares_of(text: str) -> tuple[float, ...]:
+    """Shares from an option. Raises StudyError for what is none."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -164,7 +173,8 @@ def _shares(text: str) -> tuple[float, ...]:
     return found
 
 
-def _methods(text: str) -> list[str]:
+def chosen_methods(text: str) -> list[str]:
+    """Token reducers from an option. Raises StudyError with the nearest name."""
     if text == "all":
         return list(METHODS)
     names = [name.strip() for name in text.split(",") if name.strip()]

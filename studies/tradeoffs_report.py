@@ -7,6 +7,7 @@ import numpy as np
 
 from probe.analysis.stats import benjamini_hochberg
 from studies.points import broken, sentence, table
+from studies.telling import bracketed
 
 
 def report(summary: Mapping[str, Any]) -> str:
@@ -43,22 +44,30 @@ def report(summary: Mapping[str, Any]) -> str:
 
 
 def _plan(summary: Mapping[str, Any]) -> list[str]:
-    """The plan from evidence, its reasons, and what it beats."""
-    plan, point = summary["plan"], summary["evidence_plan"]
-    if plan is None:
+    """The plans from evidence, their reasons, and what they beat."""
+    points = {point["name"]: point for point in summary["points"]}
+    lines: list[str] = []
+    for name, plan in summary["plans"].items():
+        lines += [f"## {name[0].upper()}{name[1:]}", ""]
+        if "refused" in plan or name not in points:
+            lines += [plan.get("refused") or f"It could not be applied: {summary['skipped'].get(name, 'see above')}.", ""]
+            continue
+        point = points[name]
+        times = point["standing"]["prefill"]
+        timed = f", and of measured time {_WHERE[times]}" if times else ""
+        lines += [
+            f"{sentence(point)} It takes {point['flops_ratio']:.1%} of the FLOPs of reading a prompt. Of FLOPs it lies {_WHERE[point['standing']['flops']]}"
+            f"{timed}. The evidence comes from {plan['whence']}.", "", *plan["words"], "", *_against(plan),
+        ]  # fmt: skip
+    return lines
+
+
+def _against(plan: Mapping[str, Any]) -> list[str]:
+    """The same budget of FLOPs met without evidence."""
+    if not plan["against"]:
         return []
-    lines = ["## The plan from evidence", ""]
-    if "refused" in plan or point is None:
-        return [
-            *lines,
-            plan.get("refused") or f"It could not be applied: {summary['skipped'].get('evidence plan', 'see above')}.",
-            "",
-        ]
-    where = point["standing"]["prefill"] or point["standing"]["flops"]
-    lines += [
-        f"{sentence(point)} It takes {point['flops_ratio']:.1%} of the FLOPs of reading a prompt (a budget of {plan['budget']:.0%} was given), and lies "
-        f"{_WHERE[where]} of measured time, {_WHERE[point['standing']['flops']]} of FLOPs. The evidence comes from {plan['whence']}.", "", *plan["words"], "",
-        "The same budget met without evidence; differences are the plan's accuracy less theirs, paired on the same questions:", "",
+    lines = [
+        "The same FLOPs met without evidence; differences are the plan's accuracy less theirs, paired on the same questions:", "",
         "| without evidence | draws | accuracy | the plan is better by |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, found in plan["against"].items():
@@ -96,7 +105,7 @@ def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Sequence
         change = cheapest["difference"]
         text += (
             f"The step that saves most while losing less than 5 points by its interval is *{cheapest['name']}*: {cheapest['flops_ratio']:.0%} of the FLOPs, "
-            f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]. It was picked among {len(steps)} on the questions that it is judged by: "
+            f"{bracketed(change, '+.1%')}. It was picked among {len(steps)} on the questions that it is judged by: "
             f"confirm it on others. "
         )
     else:

@@ -7,6 +7,7 @@ from probe.plots import vision_layers as plots
 from studies.probing_report import sentence, table, unused
 from studies.run import Run
 from studies.study import Setting, Summary
+from studies.telling import bracketed, ranged
 
 __all__ = ["figures", "report"]
 PLACES = {"object": "the patches of the thing in question", "other": "the other patches", "shown": "all patches"}
@@ -53,7 +54,7 @@ def _row(fact: str, name: str, one: Mapping[str, Any], levels: Mapping[str, Any]
 
 
 def _number(one: Mapping[str, float] | None) -> str:
-    return "-" if one is None else f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+    return "-" if one is None else ranged(one)
 
 
 def _merging(summary: Summary) -> list[str]:
@@ -64,9 +65,7 @@ def _merging(summary: Summary) -> list[str]:
         better = [name for name, gain in gains.items() if gain["low"] > 0]
         worse = [name for name, gain in gains.items() if gain["high"] < 0]
         best = max(gains, key=lambda name: gains[name]["value"])
-        told = (
-            f"the most is gained by {best}: {gains[best]['value']:+.3f} [{gains[best]['low']:+.3f}, {gains[best]['high']:+.3f}]"
-        )
+        told = f"the most is gained by {best}: {bracketed(gains[best], '+.3f')}"
         lines.append(
             f"- **{fact}**, levels merged: "
             + (f"better than the best single layer are {', '.join(better)}" if better else "none is better than the best single layer")

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from probe.analysis.stats import bootstrap_mean
+from probe.analysis.stats import bootstrap_mean, ends, wilson
 from probe.errors import DataError, SightlineError
 from probe.example import Example
 from studies.run import Run
@@ -82,10 +82,24 @@ def curve(values: np.ndarray, layers: Sequence[int] | None = None, seed: int = 0
 
 
 def interval(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """The mean of one number over examples with its 95 % bootstrap interval: `value low high n`; None where nothing is known."""
+    """The mean of one number over examples with its 95 % bootstrap interval: `value low high n`.
+
+    All None where nothing is known; no ends (None) where all draws agree, as those of one example do.
+    """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     if not len(known):
         return {"value": None, "low": None, "high": None, "n": 0}
-    value, low, high = (float(side) for side in bootstrap_mean(known, seed))
+    value, *sides = (float(side) for side in bootstrap_mean(known, seed))
+    low, high = ends(*sides)
     return {"value": value, "low": low, "high": high, "n": len(known)}
+
+
+def share(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """As `interval`, for what is right or wrong: Wilson's interval where each value is 0 or 1, so that 0 of 24 and 24 of 24 have one too."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known) or not np.isin(known, (0.0, 1.0)).all():
+        return interval(known, seed)
+    low, high = wilson(int(known.sum()), len(known))
+    return {"value": float(known.mean()), "low": low, "high": high, "n": len(known)}

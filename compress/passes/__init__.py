@@ -22,13 +22,13 @@ from compress.passes.width import Width
 
 PASSES: tuple[type[Pass], ...] = (
     RemoveLayers,
-    Prune,
-    Subnet,
-    Width,
-    Masks,
     Skip,
     ShortV,
     Composite,
+    Masks,
+    Prune,
+    Subnet,
+    Width,
     Experts,
     Tokens,
     Pyramid,

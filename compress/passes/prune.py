@@ -108,13 +108,19 @@ class Prune(Targeted):
     `method`: `magnitude`, `wanda` (arXiv 2306.11695) or `sparsegpt` (arXiv 2301.00774); the last two look at calibration examples (evidence
     `calibration`), the tokens of one `side` of them or both. `sparsity` is the share that goes of every output row (magnitude: matrix;
     sparsegpt: matrix), `n_of_m` instead how many of how many consecutive inputs. `targets` are patterns over `LAYER.PATH`: `*.mlp.*`.
-    `allocation` shares a sparsity out over layers: `uniform`, `owl`, `ecoflap`, `tamp`.
+    `allocation` shares a sparsity out over layers: `uniform`, `owl`, `ecoflap`, `tamp`. With `rerun`, as published, each layer is judged by what the
+    pruned layers before it give, and runs twice; without, by what the dense ones give, and runs once.
     """
 
     title: ClassVar[str] = "prune"
     method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     allocation: Rule = "uniform"
     side: Side | None = None  # None: that of the calibration
+    rerun: bool = True
+
+    def asks(self) -> tuple[str, ...]:
+        """Magnitudes need no examples, unless layers are told apart by some."""
+        return () if self.method == "magnitude" and self.allocation == "uniform" else self.needs
 
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         pattern = self.pattern
@@ -123,7 +129,7 @@ class Prune(Targeted):
             return []
         if pattern.of and self.allocation != "uniform":
             raise PassError(f"{self.n_of_m} takes the same share of every layer: leave allocation out, or set a sparsity")
-        if self.method == "magnitude" and self.allocation == "uniform":
+        if not self.asks():
             made = {name: _only(module, magnitude(module.weight.detach(), pattern)) for name, module in maps.items()}
             return [PruneWeights.of(_checked(made, maps, dict.fromkeys(maps, pattern), whole=True))]
         calibration: Calibration = self.found(evidence, "calibration")
@@ -132,7 +138,7 @@ class Prune(Targeted):
             self.allocation, subject, batches, _sizes(maps), pattern.sparsity, side, lambda i, n: f"{i}.{n}" in maps
         )
         patterns = {n: pattern if pattern.of else Pattern(shares[_layer(n)]) for n in maps}
-        made = pruned(subject, batches, side, self.method, patterns)
+        made = pruned(subject, batches, side, self.method, patterns, self.rerun)
         return [PruneWeights.of(_checked(made, maps, patterns, whole=self.method != "wanda"))]
 
 
@@ -215,10 +221,10 @@ def _only(module: nn.Linear, kept: Tensor) -> Tensor:
 
 
 def pruned(
-    subject: Subject, batches: Sequence[Encoded], side: Side, method: str, patterns: Mapping[str, Pattern],
+    subject: Subject, batches: Sequence[Encoded], side: Side, method: str, patterns: Mapping[str, Pattern], rerun: bool = True,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Weights:  # fmt: skip
-    """What the named maps become, each layer judged by what the pruned ones before it give. The model stays as it is."""
+    """What the named maps become, each layer judged by what the layers before it give, pruned (`rerun`) or dense. The model stays as it is."""
     made: Weights = {}
 
     def visit(index: int, layer: nn.Module, maps: Maps) -> None:
@@ -237,7 +243,7 @@ def pruned(
 
     sequential(
         subject, batches, visit, side=side, statistic=Gram if method == "sparsegpt" else Squares,
-        wanted=lambda index, path: f"{index}.{path}" in patterns, advance=advance,
+        wanted=lambda index, path: f"{index}.{path}" in patterns, dense=not rerun, advance=advance,
     )  # fmt: skip
     return made
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -194,5 +195,5 @@ def without_weights(subject: Subject, change: Callable[[Any], None]) -> PreTrain
         again = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             return type(subject.model)._from_config(again)
-    except (ValueError, TypeError, RuntimeError):
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError):  # a width that heads do not divide, say
         return None

@@ -41,7 +41,7 @@ class Skip(Pass):
 
     `mode`: `block` (nothing happens to the row), `ffn` (attention alone), `attention` (feed-forward block alone), `parallel-attention` (the
     feed-forward block reads what the attention reads: nothing is left out). `rows`: `perceptual` (visual tokens; others still look at them unless
-    `kv` is false) or `all`. `when`: while the `prompt` is read, while the `answer` is written, or `both`. Layers are those named, or start <
+    `kv` is false), `text` (all others, which is a contrast and no way to save), or `all`. `when`: while the `prompt` is read, while the `answer` is written, or `both`. Layers are those named, or start <
     layer < end with layer % interval == 0; `end` is the last layer unless set, so that the first and the last always run.
 
     `compat` is the published code where it departs from this: `attention` feeds the attention's normed input to the feed-forward block, and
@@ -63,7 +63,7 @@ class Skip(Pass):
     simulated: bool = False
 
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
-        if not self.kv and (self.rows == "all" or self.mode not in ("block", "attention")):
+        if not self.kv and (self.rows != "perceptual" or self.mode not in ("block", "attention")):
             raise PassError("keys and values can be left out of perceptual rows that do not attend: mode block or attention")
         rule = Rule(
             rows=self.rows, when=self.when, query=self.mode in ("ffn", "parallel-attention"), ffn=self.mode != "block" and self.mode != "ffn",

@@ -1,9 +1,11 @@
 """Layers made narrower: whole groups of heads and neurons of feed-forward blocks, chosen by a score and cut out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from compress import allotment, width_scores
+from compress.calibration import Side
 from compress.passes.base import Change, Evidence, Pass, Stage
 from compress.passes.removal import HideUnits, removal
 from compress.statistics import Moments
@@ -21,7 +23,8 @@ class Width(Pass):
     Scores: `flap` (arXiv 2312.11983: how much what a unit gives fluctuates over calibration tokens, times the weights that read it),
     `taylor` (LLM-Pruner, arXiv 2305.11627: the sum of |weight * gradient| of the answers' loss), `magnitude` and `random`. The lowest go, in every
     layer as many (`uniform`) or over all layers (`global`). Neurons stay in multiples of `round_to`, which keeps products fast.
-    `compensate` gives the maps that read the removed units a bias: what those gave on the mean.
+    `compensate` gives the maps that read the removed units a bias: what those gave on the mean. Fluctuation and mean are those of the tokens of one
+    `side` (`both`, `perceptual`, `textual`; the calibration's own unless said).
     """
 
     title: ClassVar[str] = "width"
@@ -33,6 +36,7 @@ class Width(Pass):
     allocation: Literal["uniform", "global"] = "uniform"
     round_to: int = 8
     compensate: bool = False
+    side: Side | None = None
     seed: int = 0
     simulated: bool = False
 
@@ -75,7 +79,8 @@ class Width(Pass):
     def _moments(self, subject: Subject, parts: Parts, evidence: Evidence) -> dict[Kind, dict[int, Moments]]:
         if self.score != "flap" and not self.compensate:
             return {}
-        return width_scores.entering(subject, parts, self.found(evidence, "calibration"))
+        calibration = self.found(evidence, "calibration")
+        return width_scores.entering(subject, parts, replace(calibration, side=self.side or calibration.side))
 
     def _scores(
         self, subject: Subject, parts: Parts, moments: Mapping[Kind, Mapping[int, Moments]], evidence: Evidence

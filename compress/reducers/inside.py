@@ -38,15 +38,26 @@ def sparsevlm(seen: Seen, count: int) -> Kept:
 
 def aim(seen: Seen, count: int, *, temperature: float = 0.1, iterations: int = 5) -> Kept:
     """The tokens of highest PageRank in the graph of attention, all positions taking part (AIM, section 3.3)."""
-    return Kept(best(pagerank(seen.sharpened(temperature), iterations)[seen.columns], count))
+    flows = torch.cat([flowed(links, iterations) for links in seen.sharpened(temperature)])
+    return Kept(best(over_heads(flows)[seen.columns], count))
 
 
 def pagerank(links: Float[Tensor, "head n n"], iterations: int = 5) -> Float[Tensor, " n"]:
     """Root mean square over heads of the importance that flows along the rows, from an even start."""
+    return over_heads(flowed(links, iterations))
+
+
+def flowed(links: Float[Tensor, "head n n"], iterations: int) -> Float[Tensor, "head n"]:
+    """Importance in each head, after it has flowed along the rows so often."""
     flow = links.new_full((len(links), 1, links.shape[-1]), 1 / links.shape[-1])
     for _ in range(iterations):
         flow = flow @ links
-    return flow[:, 0].square().mean(0).sqrt()
+    return flow[:, 0]
+
+
+def over_heads(flow: Float[Tensor, "head n"]) -> Float[Tensor, " n"]:
+    """The root mean square over heads."""
+    return flow.square().mean(0).sqrt()
 
 
 def dart(seen: Seen, count: int, *, pivots: int = 4) -> Kept:

@@ -96,15 +96,17 @@ def vispruner(seen: Seen, count: int, *, important: float = 0.5) -> Kept:
     first = best(weight, int(count * important))
     rest = _without(len(seen), first)
     rest = rest[weight[rest].float().argsort(descending=True, stable=True)]
-    features = unit(seen.tower["tower_states"])
+    features = unit(seen.tower["tower_states"])[rest]
+    alike = features @ features.T  # once for all rounds
+    place = torch.arange(len(rest), device=rest.device)
     wanted = count - len(first)
     while len(rest) > wanted:
-        even, odd = rest[0::2], rest[1::2]
-        doubled = (features[even] @ features[odd].T).amax(1) if len(odd) else features.new_zeros(len(even))
+        even, odd = place[0::2], place[1::2]
+        doubled = alike[even[:, None], odd].amax(1) if len(odd) else features.new_zeros(len(even))
         gone = doubled.argsort(descending=True, stable=True)[: min(8, len(rest) - wanted)]
         left = torch.ones(len(rest), dtype=torch.bool, device=rest.device)
         left[gone * 2] = False
-        rest = rest[left]
+        rest, place = rest[left], place[left]
     return Kept(torch.cat([first, rest]).sort().values)
 
 

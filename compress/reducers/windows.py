@@ -28,12 +28,16 @@ def pool_frame(
     window = (down[:, None] * shape[1] + across[None, :]).flatten()
     total = torch.zeros(count, states.shape[1], device=device).index_add_(0, window, states.float())
     size = torch.bincount(window, minlength=count)
-    anchor = torch.stack([_middle(torch.nonzero(window == w)[:, 0], columns) for w in range(count)])
+    anchor = _middles(window, size, columns)
     order = anchor.argsort()
     return anchor[order], (total / size[:, None])[order]
 
 
-def _middle(members: Int[Tensor, " n"], columns: int) -> Int[Tensor, ""]:
-    """The member nearest the middle of its window; of equal ones the first."""
-    at = torch.stack([members // columns, members % columns], 1).float()
-    return members[(at - at.mean(0)).square().sum(1).argmin()]
+def _middles(window: Int[Tensor, " cell"], size: Int[Tensor, " window"], columns: int) -> Int[Tensor, " window"]:
+    """The cell of each window nearest the window's middle; of equal ones the first."""
+    cell = torch.arange(len(window), device=window.device)
+    at = torch.stack([cell // columns, cell % columns], 1).float()
+    middle = torch.zeros(len(size), 2, device=window.device).index_add_(0, window, at) / size[:, None]
+    order = (at - middle[window]).square().sum(1).argsort(stable=True)
+    order = order[window[order].argsort(stable=True)]  # window by window, nearest first
+    return order[size.cumsum(0) - size]

@@ -1,6 +1,7 @@
 """Rows of a layer's input told apart, picked, and put back; and the cache that stands in while some of them do not ask."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,25 +15,34 @@ from probe.errors import PassError
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the words and where the visual tokens of each example stand; -1 first where an example has fewer than others."""
+    """Where the rows that run and those that rest stand in each example; -1 first where an example has fewer than others.
 
-    text: Index
-    visual: Index
+    What is asked of it in every layer is found out once: looking into a tensor makes a GPU wait.
+    """
+
+    running: Index
+    resting: Index
 
     @classmethod
-    def of(cls, visual: Bool[Tensor, "batch position"]) -> "Rows":
-        return cls(masks.left_over(~visual), masks.left_over(visual))
+    def of(cls, resting: Bool[Tensor, "batch position"]) -> "Rows":
+        return cls(masks.left_over(~resting), masks.left_over(resting))
 
-    @property
+    @cached_property
     def alike(self) -> bool:
         """Whether every example has them at the same places."""
-        return bool((self.text == self.text[:1]).all()) and bool((self.text >= 0).all())
+        return bool((self.running == self.running[:1]).all()) and bool((self.running >= 0).all())
 
-    def segments(self) -> list[tuple[int, int]]:
-        """The runs of words of the first example: (start, stop)."""
-        places = self.text[0]
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The runs of running rows of the first example: (start, stop)."""
+        places = self.running[0]
         cuts = (torch.nonzero(places[1:] != places[:-1] + 1)[:, 0] + 1).tolist()
-        return [(int(run[0]), int(run[-1]) + 1) for run in torch.tensor_split(places, cuts)]
+        return tuple((int(run[0]), int(run[-1]) + 1) for run in torch.tensor_split(places, cuts))
+
+    @cached_property
+    def runs(self) -> tuple[Index, ...]:
+        """The running rows of each segment, where all examples are alike."""
+        return tuple(self.running.new_tensor(range(*ends)).expand(len(self.running), -1) for ends in self.segments)
 
 
 def picked_arguments(kwargs: dict[str, Any], index: Index, length: int) -> dict[str, Any]:
@@ -64,8 +74,14 @@ def mask_of(mask: Any, index: Index, length: int) -> Any:
     return mask[batch, :, index.clamp(min=0)].transpose(1, 2)
 
 
-def put(state: Tensor, index: Index, values: Tensor) -> Tensor:
-    """`state` (batch position ...), in place, with values (batch row ...) at the positions that an index names."""
+def put(state: Tensor, index: Index, values: Tensor, full: bool = False) -> Tensor:
+    """`state` (batch position ...), in place, with values (batch row ...) at the positions that an index names.
+
+    `full` says that it names one in every place.
+    """
+    if full:
+        state[torch.arange(len(index), device=index.device)[:, None], index] = values
+        return state
     row, place = torch.nonzero(index >= 0, as_tuple=True)
     state[row, index[row, place]] = values[row, place]
     return state
@@ -78,24 +94,24 @@ class Joined:
     """
 
     def __init__(self, cache: Any, silent: tuple[Tensor, Tensor], rows: Rows, length: int) -> None:
-        self.cache = cache
-        self.keys, self.values = (_among(part, rows.visual, length) for part in silent)
-        self.index: Index = rows.text
+        self.cache, self.full = cache, rows.alike
+        self.keys, self.values = (_among(part, rows, length) for part in silent)
+        self.index: Index = rows.running
         self.stop: int | None = None
 
     def update(self, keys: Tensor, values: Tensor, *layer: Any, **more: Any) -> tuple[Tensor, Tensor]:
         """What transformers' attention calls: (batch head row dim)."""
         for whole, new in ((self.keys, keys), (self.values, values)):
-            put(whole.transpose(1, 2), self.index, new.transpose(1, 2))
+            put(whole.transpose(1, 2), self.index, new.transpose(1, 2), self.full)
         if self.stop is not None:
             return self.keys[:, :, : self.stop], self.values[:, :, : self.stop]
         return (self.keys, self.values) if self.cache is None else self.cache.update(self.keys, self.values, *layer, **more)
 
 
-def _among(part: Tensor, index: Index, length: int) -> Tensor:
+def _among(part: Tensor, rows: Rows, length: int) -> Tensor:
     """Keys (batch head row dim) at their places among all."""
     whole = part.new_zeros(part.shape[0], part.shape[1], length, part.shape[3])
-    put(whole.transpose(1, 2), index, part.transpose(1, 2))
+    put(whole.transpose(1, 2), rows.resting, part.transpose(1, 2), rows.alike)
     return whole
 
 

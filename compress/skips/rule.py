@@ -7,7 +7,7 @@ from typing import Literal
 from probe.errors import PassError
 from probe.subject import Subject
 
-Who = Literal["perceptual", "all"]
+Who = Literal["perceptual", "text", "all"]
 When = Literal["prompt", "answer", "both"]
 
 
@@ -35,8 +35,8 @@ class Rule:
 def refuse(subject: Subject, rule: Rule, layers: Sequence[int]) -> None:
     """Raises PassError where these layers of this model cannot be skipped so."""
     family = subject.anatomy.family
-    if rule.rows == "perceptual":
-        _refuse_perceptual(subject, rule, layers)
+    if rule.rows != "all":
+        _refuse_apart(subject, rule, layers)
     for layer in layers:
         if not 0 <= layer < subject.n_layers:
             raise PassError(f"layer {layer} does not exist: the model has layers 0 to {subject.n_layers - 1}")
@@ -59,7 +59,7 @@ def refuse(subject: Subject, rule: Rule, layers: Sequence[int]) -> None:
         raise PassError(f"layers of this {family} share keys and values with others: no row can pass one of them by")
 
 
-def _refuse_perceptual(subject: Subject, rule: Rule, layers: Sequence[int]) -> None:
+def _refuse_apart(subject: Subject, rule: Rule, layers: Sequence[int]) -> None:
     family = subject.anatomy.family
     if any(subject.anatomy.cross):
         raise PassError(

@@ -26,6 +26,18 @@ from probe.attention import PREFIX
 from probe.errors import PassError, ReplayError
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The rows of a pass that rest, told once for all layers that have the same positions."""
+
+    now: Tensor | None  # the columns that it was made for; held, so that no other tensor takes its place in memory
+    resting: Bool[Tensor, "batch position"]
+    real: Bool[Tensor, "batch position"]
+    rows: Rows
+    some: bool
+    every: bool
+
+
 @dataclass
 class _Pass:
     """A call of the model: whether it reads a prompt, which of its positions are visual and which are real."""
@@ -33,6 +45,7 @@ class _Pass:
     prompt: bool
     visual: Bool[Tensor, "batch position"] | None
     real: Bool[Tensor, "batch position"] | None
+    splits: dict[int, _Split] = field(default_factory=dict)
     left: dict[int, Tensor] = field(default_factory=dict)  # for each layer without visual keys, which of its keys are real
     hidden: dict[int, Tensor] = field(default_factory=dict)  # the same where that is simulated: which of its keys are visual
 
@@ -77,18 +90,20 @@ class SkipRuntime:
                 return ran
             keys = ran.keys if rule.query or rule.when == "prompt" or layer in self.telling else 0
             return Ran(ran.queries * rule.query, keys, ran.ffn * rule.ffn, ran.pairs if rule.query else 0)
-        fed = text + visual if rule.ffn else text
+        running, resting = (text, visual) if rule.rows == "perceptual" else (visual, text)
+        fed = text + visual if rule.ffn else running
         if rule.query:
             return replace(ran, ffn=fed)
-        seen = visual if rule.kv else 0
-        return Ran(text, text + seen, fed, text * seen + text * (text + 1) / 2)
+        seen = visual if rule.kv and rule.rows == "perceptual" else 0
+        return Ran(running, running + resting * rule.kv, fed, running * seen + running * (running + 1) / 2)
 
     def ran_next(self, layer: int) -> Ran | None:
         """What a layer runs of one token after the prompt; None for all of it."""
         rule = self.rule
-        if layer not in self.layers or rule.simulated or rule.rows != "all" or rule.when == "prompt":
+        if layer not in self.layers or rule.simulated or rule.rows == "perceptual" or rule.when == "prompt":
             return None
-        return Ran(int(rule.query), int(rule.query or layer in self.telling), int(rule.ffn))
+        kept = rule.query or rule.rows == "text" or layer in self.telling
+        return Ran(int(rule.query), int(kept), int(rule.ffn))
 
     # --- a call of the whole model ---
 
@@ -97,7 +112,7 @@ class SkipRuntime:
         if cache is not None and getattr(cache, "is_compileable", False):
             raise PassError("a static cache has one length for all layers: rows are skipped with the default, dynamic cache")
         if cache is not None and cache.get_seq_length():  # what is read after a prompt runs whole, a later picture too
-            self.current = replace(self.past.get(cache) or _Pass(False, None, None), prompt=False)
+            self.current = replace(self.past.get(cache) or _Pass(False, None, None), prompt=False, splits={})
             return
         ids = args[0] if args else kwargs.get("input_ids")
         visual = None if self.rule.rows == "all" else self._visual(ids, kwargs)
@@ -133,15 +148,18 @@ class SkipRuntime:
             return block.run(state, kwargs)
         if rule.rows == "all":
             return self._all(layer, block, state, kwargs)
+        if not current.prompt and rule.rows == "text":
+            return self._all(layer, block, state, kwargs)
         if not current.prompt:
             return block.run(state, self._without_visual_keys(layer, kwargs, state))
-        visual, real = self._now(current)
-        if not bool(visual.any()):
+        split = self._split_now(current)
+        if split.every:
+            return self._all(layer, block, state, kwargs)
+        if not split.some:
             return block.run(state, kwargs)
-        if rule.parallel or rule.query or self._simulates(layer):
-            return self._in_place(layer, block, state, kwargs, visual)
-        rows = Rows.of(visual)
-        found, output = self._words(layer, block, state, kwargs, rows, real)
+        if rule.query or self._simulates(layer):
+            return self._in_place(layer, block, state, kwargs, split.resting)
+        found, output = self._apart(layer, block, state, kwargs, split)
         return with_state(output, found)
 
     def _simulates(self, layer: int) -> bool:
@@ -161,15 +179,18 @@ class SkipRuntime:
         """Whether a reducer chooses by the attention of this layer."""
         return any(one.layer == layer + 1 and "before" in one.needs for one in self.smaller.reducers)
 
-    def _now(self, current: _Pass) -> tuple[Tensor, Tensor]:
-        """Which of the positions that reducers have left are visual, and which are real."""
+    def _split_now(self, current: _Pass) -> _Split:
+        """The resting rows among the positions that reducers have left."""
         assert current.visual is not None
         assert current.real is not None
         reading = self.smaller.runtime.reading if self.smaller.runtime else None
-        if reading is None or reading.prompt is None:
-            return current.visual, current.real
-        now = reading.prompt.now
-        return masks.picked(current.visual, now), masks.picked(current.real, now)
+        now = reading.prompt.now if reading is not None and reading.prompt is not None else None
+        if id(now) not in current.splits:
+            visual, real = (one if now is None else masks.picked(one, now) for one in (current.visual, current.real))
+            resting = visual if self.rule.rows == "perceptual" else ~visual
+            some, every = bool(resting.any()), bool(resting.all())
+            current.splits[id(now)] = _Split(now, resting, real, Rows.of(resting), some, every)
+        return current.splits[id(now)]
 
     def _all(self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any]) -> Any:
         """Every row: what the rule leaves out is not run, or run and taken out again."""
@@ -178,7 +199,8 @@ class SkipRuntime:
         if rule.query or self._simulates(layer):
             return self._in_place(layer, block, state, kwargs, everywhere)
         prompt = self.current is not None and self.current.prompt
-        kept = layer in self.telling or (rule.when == "prompt" and prompt)  # else nobody ever looks at these keys
+        read = rule.rows == "text" or (rule.when == "prompt" and prompt)
+        kept = layer in self.telling or read  # else nobody ever looks at these keys
         cache = kwargs.get("past_key_values")
         attention = block.only_keys(cache)[0] if kept and cache is not None else silent
         return self._split(block, state, kwargs, attention, everywhere)
@@ -250,22 +272,20 @@ class SkipRuntime:
             for handle in handles:
                 handle.remove()
 
-    # --- words alone ---
+    # --- the rows that run by themselves ---
 
-    def _words(
-        self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any], rows: Rows, real: Tensor
-    ) -> tuple[Tensor, Any]:
-        """The words through the layer, the visual rows past what they do without: the new state, and what the layer gave."""
-        cache, mask, length = kwargs.get("past_key_values"), kwargs.get("attention_mask"), state.shape[1]
-        own = picked_arguments({**kwargs, "attention_mask": None, "past_key_values": None}, rows.visual, length)
-        beside, keys = self._beside(block, masks.gathered(state, rows.visual), own)
-        whole = put(state.clone(), rows.visual, beside)
+    def _apart(self, layer: int, block: Block, state: Tensor, kwargs: dict[str, Any], split: _Split) -> tuple[Tensor, Any]:
+        """The running rows through the layer, the others past what they do without: the new state, and what the layer gave."""
+        cache, mask, length, rows = kwargs.get("past_key_values"), kwargs.get("attention_mask"), state.shape[1], split.rows
+        own = picked_arguments({**kwargs, "attention_mask": None, "past_key_values": None}, rows.resting, length)
+        beside, keys = self._beside(block, masks.gathered(state, rows.resting), own)
+        whole = put(state.clone(), rows.resting, beside, rows.alike) if self.rule.ffn else state.clone()
         if not self.rule.kv:
             assert self.current is not None
-            self.current.left[layer] = masks.picked(real, rows.text)
-            given = {**picked_arguments(kwargs, rows.text, length), "attention_mask": masks.compact(mask, rows.text)}
-            output = block.run(masks.gathered(state, rows.text), given)
-            return put(whole, rows.text, state_of(output)), output
+            self.current.left[layer] = masks.picked(split.real, rows.running)
+            given = {**picked_arguments(kwargs, rows.running, length), "attention_mask": masks.compact(mask, rows.running)}
+            output = block.run(masks.gathered(state, rows.running), given)
+            return put(whole, rows.running, state_of(output)), output
         assert keys is not None
         joined = Joined(cache, keys, rows, length)
         kernel = (self.smaller.decoder.config._attn_implementation or "").removeprefix(PREFIX)
@@ -274,13 +294,13 @@ class SkipRuntime:
             joined.index, joined.stop = index, stop
             given = {**picked_arguments(kwargs, index, length), "attention_mask": seen, "past_key_values": joined}
             output = block.run(masks.gathered(state, index), given)
-            put(whole, index, state_of(output))
+            put(whole, index, state_of(output), rows.alike)
         return whole, output
 
     def _beside(
         self, block: Block, state: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
-        """Visual rows that do not attend: what becomes of them, and their keys and values, if they have any."""
+        """Rows that do not attend: what becomes of them, and their keys and values, if they have any."""
         rule, everywhere = self.rule, torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
         if not rule.ffn and not rule.kv:
             return state, None
@@ -315,17 +335,17 @@ class SkipRuntime:
 
 def _calls(rows: Rows, mask: Any, length: int, kernel: str) -> list[tuple[Tensor, int | None, Any]]:
     """The calls in which the words run: their rows, where the keys that they see end (None: at the end), and their mask."""
-    if mask is None and rows.alike and int(rows.text[0, -1]) == length - 1:
-        runs = rows.segments()
-        if "flash" in kernel or (kernel == "sdpa" and len(runs) <= 2):
-            return [
-                (
-                    torch.arange(start, stop, device=rows.text.device).expand(len(rows.text), -1),
-                    None if stop == length else stop, _aligned(stop - start, stop, kernel),
-                )
-                for start, stop in runs
-            ]  # fmt: skip
-    return [(rows.text, None, mask_of(mask, rows.text, length))]
+    if (
+        mask is None
+        and rows.alike
+        and rows.segments[-1][1] == length
+        and ("flash" in kernel or (kernel == "sdpa" and len(rows.runs) <= 2))
+    ):
+        return [
+            (index, None if stop == length else stop, _aligned(stop - start, stop, kernel))
+            for index, (start, stop) in zip(rows.runs, rows.segments, strict=True)
+        ]
+    return [(rows.running, None, mask_of(mask, rows.running, length))]
 
 
 def _aligned(query: int, keys: int, kernel: str) -> Any:

@@ -1,7 +1,7 @@
 """What a reducer is shown of one medium, and what it answers."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -74,12 +74,23 @@ class Seen:
         """The keys of the whole row."""
         return self._own_call.key[0]
 
-    def sharpened(self, temperature: float) -> Float[Tensor, "head column column"]:
-        """Attention of every column to every other at a temperature (float32): n x n for each head."""
-        found = self._attend(torch.arange(self._own_call.query.shape[2], device=self.states.device))
-        shown = found.weight > 0
-        score = torch.where(shown, found.score / temperature, float("-inf"))[0]
-        return torch.nan_to_num(score.softmax(-1))
+    def sharpened(self, temperature: float) -> Iterator[Float[Tensor, "head column column"]]:
+        """Attention of every column to every other at a temperature (float32), the heads of one key head at a time.
+
+        Columns squared for each head: together they would be the largest tensor of the whole pass. A column that sees nothing has zeros.
+        """
+        call = self._own_call
+        rows = torch.arange(call.query.shape[2], device=self.states.device)[None]
+        visible, bias = call.visible(rows)
+        each = call.query.shape[1] // call.key.shape[1]
+        for group in range(call.key.shape[1]):
+            heads = slice(group * each, (group + 1) * each)
+            part = replace(call, query=call.query[:, heads], key=call.key[:, group : group + 1])
+            shift = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
+            found = attend_rows(part, rows, visible if visible.shape[1] == 1 else visible[:, heads], shift)
+            # Scores are less their row's maximum, and hidden ones far below anything: what is hidden stays zero.
+            weight = found.score[0].div_(temperature).exp_().mul_(found.weight[0] > 0)
+            yield weight.div_(weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(weight.dtype).tiny))
 
     @property
     def entered(self) -> Float[Tensor, "n width"]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.budget import Budget
+from compress.layer_cost import layer_sizes
 from compress.tokens.choice import Selector
 from compress.tokens.positions import Policy
 from probe.errors import PassError
@@ -73,11 +74,14 @@ def refuse_windows(subject: Subject, length: int) -> None:
         )
 
 
+def tokens_kept(subject: Subject, reducer: Reducer, n: int) -> int:
+    """Tokens that a reducer leaves of a medium of n. Raises PassError for a budget that cannot be met."""
+    cost = per_token(subject) if reducer.budget.unit == "flops_ratio" else (1.0, 0.0)
+    return reducer.budget.count(n, reducer.layer, subject.n_layers, cost)
+
+
 def per_token(subject: Subject) -> tuple[float, float]:
-    """Multiply-adds of one token in one decoder layer: alone, and for each token that it attends to."""
-    config = subject.config.get_text_config()
-    width, heads = config.hidden_size, config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or width // heads
-    keys = getattr(config, "num_key_value_heads", heads)
-    inner = getattr(config, "intermediate_size", 4 * width)
-    return 2.0 * width * dim * (heads + keys) + 3.0 * width * inner, 2.0 * heads * dim
+    """Multiply-adds of one token in a decoder layer, on the mean of all: alone, and for each token that it attends to."""
+    sizes = layer_sizes(subject)
+    alone = sum(size.asking + size.keeping + size.ffn for size in sizes)
+    return alone / len(sizes), sum(size.mixing for size in sizes) / len(sizes)

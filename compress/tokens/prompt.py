@@ -32,6 +32,7 @@ class Prompt:
     columns_at: list[Tensor] = field(default_factory=list)
     next_at: list[Tensor] = field(default_factory=list)
     hidden_at: list[Tensor] = field(default_factory=list)
+    stood: tuple[Tensor, Tensor] | None = None  # `now`, and where it stands among what entered the decoder
 
     @classmethod
     def of(cls, media: list[list[Medium]], real: Tensor, given: Tensor | None, embeds: Tensor) -> "Prompt":
@@ -54,6 +55,12 @@ class Prompt:
     @property
     def simulates(self) -> bool:
         return bool(self.hidden.any())
+
+    def standing(self) -> masks.Index:
+        """Where what is left stands among what entered the decoder; found once for all layers that hold the same."""
+        if self.stood is None or self.stood[0] is not self.now:
+            self.stood = self.now, masks.among(self.columns_at[0], self.now)
+        return self.stood[1]
 
     def real_now(self) -> Bool[Tensor, "batch place"]:
         return masks.picked(self.real, self.now)

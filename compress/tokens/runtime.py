@@ -6,7 +6,7 @@ behind, layer by layer as long as that layer's keys, with position ids that go o
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.tokens import masks
 from compress.tokens.choice import Kept, Seen
-from compress.tokens.guards import Reducer, per_token, refuse, refuse_windows
+from compress.tokens.guards import Reducer, refuse, refuse_windows, tokens_kept
 from compress.tokens.media import Medium, find_media
 from compress.tokens.prompt import Prompt
 from compress.tokens.tower import Tower
@@ -55,6 +55,7 @@ class TokenRuntime:
         self.asking: list[Call] | None = None  # while a layer is asked which attention it would compute
         self.handles: list[Any] = []
         self.tower: Tower | None = None
+        self.choosing: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around every choice, by who times it
         self.grids: list[Tensor] = []  # (frames, rows, columns) of the media that the tower has seen since the last prompt
         self.attach()
 
@@ -184,7 +185,8 @@ class TokenRuntime:
         assert prompt is not None
         here = [reducer for reducer in self.reducers if index and reducer.layer == index]
         if any("here" in reducer.needs for reducer in here):
-            reading.call = self._ask(index, layer, state, self._arguments(prompt, kwargs, state))
+            with self.choosing():
+                reading.call = self._ask(index, layer, state, self._arguments(prompt, kwargs, state))
         if here:
             state = self._reduce(reading, prompt, index, state)
         kwargs = self._arguments(prompt, kwargs, state)
@@ -196,7 +198,7 @@ class TokenRuntime:
         first = prompt.columns_at[0] if prompt.columns_at else prompt.now
         turned = kwargs.get("position_embeddings")
         if prompt.now.shape[1] != first.shape[1]:
-            where = masks.among(first, prompt.now)
+            where = prompt.standing()
             kwargs = {**kwargs, "attention_mask": masks.compact(kwargs.get("attention_mask"), where)}
             if isinstance(kwargs.get("position_ids"), Tensor):
                 kwargs["position_ids"] = prompt.ids[0]
@@ -260,7 +262,8 @@ class TokenRuntime:
             state = state.clone()
             for row, number in [(i, k) for i, own in enumerate(prompt.media) for k in range(len(own))]:
                 places = prompt.places_of(row, number)
-                kept = self._chosen(reading, prompt, reducer, state, row, number, places)
+                with self.choosing():
+                    kept = self._chosen(reading, prompt, reducer, state, row, number, places)
                 if kept.states is not None:
                     state[row, places[kept.index]] = kept.states.to(state.dtype)
                 gone = torch.ones(len(places), dtype=torch.bool, device=places.device)
@@ -279,7 +282,7 @@ class TokenRuntime:
         medium = prompt.media[row][number]
         if reducer.select is None:
             return Kept(places[:0])
-        count = reducer.budget.count(len(medium), reducer.layer, self.subject.n_layers, per_token(self.subject))
+        count = tokens_kept(self.subject, reducer, len(medium))
         if count >= len(places):
             return Kept(torch.arange(len(places), device=places.device))
         before = sum(len(media) for media in prompt.media[:row]) + number

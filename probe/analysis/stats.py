@@ -30,6 +30,11 @@ def bootstrap_mean(values: Float[np.ndarray, "example *rest"], seed: int = 0, re
     return Interval(mean, low, high)
 
 
+def ends(low: float, high: float) -> tuple[float, float] | tuple[None, None]:
+    """The ends of a bootstrap interval; None twice where they are one. Draws that all agree say nothing of how sure a number is."""
+    return (float(low), float(high)) if high - low > 1e-12 * max(1.0, abs(low), abs(high)) else (None, None)
+
+
 def resampled_means(
     values: Float[np.ndarray, "example *rest"], seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "resample *rest"]:
@@ -73,17 +78,19 @@ def sign_flip(
 ) -> Float[np.ndarray, "*rest"]:
     """One-sided p-values that paired differences are above zero: a permutation test that swaps the members of each pair.
 
-    The share of random sign patterns, the observed one among them, whose mean is as large; NaN with fewer than two examples.
+    The share of random sign patterns, the observed one among them, whose mean is as large. NaN entries are left out of their column; a column
+    with fewer than two others is NaN.
     """
     flat = differences.reshape(len(differences), -1).astype(np.float64)
-    if len(flat) < 2:
-        return np.full(differences.shape[1:], np.nan)
+    known = (~np.isnan(flat)).sum(0)
+    flat = np.where(np.isnan(flat), 0.0, flat)  # what is not known moves no sum, whatever its sign
     rng = np.random.default_rng(seed)
-    observed, larger = flat.mean(0), np.ones(flat.shape[1])
+    count = np.maximum(known, 1)
+    observed, larger = flat.sum(0) / count, np.ones(flat.shape[1])
     for start in range(0, flips, BLOCK):
         signs = rng.choice([-1.0, 1.0], size=(min(BLOCK, flips - start), len(flat)))
-        larger += (signs @ flat / len(flat) >= observed - 1e-12).sum(0)
-    return (larger / (flips + 1)).reshape(differences.shape[1:])
+        larger += (signs @ flat / count >= observed - 1e-12).sum(0)
+    return np.where(known < 2, np.nan, larger / (flips + 1)).reshape(differences.shape[1:])
 
 
 def benjamini_hochberg(p: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:

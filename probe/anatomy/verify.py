@@ -11,14 +11,17 @@ from probe.anatomy.readout import capped
 from probe.anatomy.resolve import Anatomy
 from probe.errors import AnatomyError
 
+_CHANGE = "the largest change of a logit where"
+
 
 @dataclass(frozen=True)
 class Check:
-    """One experiment: its name, whether it held, and what was seen."""
+    """One experiment: its name, whether it held, what was seen, and what that is a measure of, with its limit."""
 
     name: str
     held: bool
     seen: str
+    means: str
 
 
 @torch.no_grad()
@@ -47,11 +50,26 @@ def verify(model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Any]) -> 
     norm, unembedding = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.unembedding)
     lens = capped(unembedding(norm(states[0])), model.config)
     gap = (lens - clean).abs().max().item()
-    tolerance = 1e-4 if clean.dtype == torch.float32 else 0.1
+    limit = (1e-4 if clean.dtype == torch.float32 else 0.1) * max(1.0, clean.abs().max().item())
     checks = (
-        Check("identity", torch.equal(clean, same), f"{(clean - same).abs().max().item():.1e}"),
-        Check("felt", not torch.allclose(clean, zeroed), f"{(clean - zeroed).abs().max().item():.1e}"),
-        Check("lens", gap <= tolerance * max(1.0, clean.abs().max().item()), f"{gap:.1e}"),
+        Check(
+            "identity",
+            torch.equal(clean, same),
+            _largest(clean, same),
+            f"{_CHANGE} a middle layer's output is put back as it was: must be 0",
+        ),
+        Check(
+            "felt",
+            not torch.allclose(clean, zeroed),
+            _largest(clean, zeroed),
+            f"{_CHANGE} a middle layer's output is zeros: must be more than rounding",
+        ),
+        Check(
+            "lens",
+            gap <= limit,
+            f"{gap:.1e}",
+            f"the logits against the unembedding of the normed last state: at most {limit:.1e}",
+        ),
     )
     for check in checks:
         if not check.held:
@@ -63,7 +81,12 @@ def verify(model: PreTrainedModel, anatomy: Anatomy, inputs: dict[str, Any]) -> 
     if shown is None:
         return checks
     other = _logits(model, {**inputs, shown: inputs[shown].flip(-1)}, middle, lambda out: out)
-    return (*checks, Check("seen", not torch.equal(clean, other), f"{(clean - other).abs().max().item():.1e}"))
+    means = f"{_CHANGE} what is shown is mirrored: must be more than 0"
+    return (*checks, Check("seen", not torch.equal(clean, other), _largest(clean, other), means))
+
+
+def _largest(a: Tensor, b: Tensor) -> str:
+    return f"{(a - b).abs().max().item():.1e}"
 
 
 def _logits(model: PreTrainedModel, inputs: dict[str, Any], layer: nn.Module, change: Any) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from probe.plots import panels
-from probe.plots.panels import GREY, Line, Pair
+from probe.plots.panels import GREY, Line, Pair, reach
 from probe.plots.style import COLOURS, LAYOUT, styled, ticks
 
 Summary = Mapping[str, Any]
@@ -61,9 +61,9 @@ def sites(summary: Summary) -> Pair:
                 at = [i for i, site in enumerate(names) if one["sites"][site] and one["sites"][site][pairing]]
                 found = [one["sites"][names[i]][pairing] for i in at]
                 middle = np.array([f["value"] for f in found])
-                reach = np.abs(np.array([[f["low"], f["high"]] for f in found]).T.reshape(2, -1) - middle)
+                ends = np.array([reach(f) for f in found]).reshape(-1, 2).T
                 shift = -0.13 if pairing == "matched" else 0.13
-                axis.errorbar(np.array(at) + shift, middle, yerr=reach, fmt="o", color=colour, label=label, capsize=2)
+                axis.errorbar(np.array(at) + shift, middle, yerr=ends, fmt="o", color=colour, label=label, capsize=2)
             axis.set(title=_title(name), xticks=range(len(names)), xlabel="site in the block")
             axis.set_xticklabels(names)
             axis.axhline(0, color="#888888", linewidth=0.8)
@@ -84,7 +84,7 @@ def _sites_page(modalities: Mapping[str, Any], names: Sequence[str]) -> Any:
             page.add_scatter(
                 x=kept, y=[f["value"] for f in found], mode="markers", name=pairing, legendgroup=pairing, showlegend=column == 1,
                 marker={"color": colour, "size": 9}, error_y={
-                    "array": [f["high"] - f["value"] for f in found], "arrayminus": [f["value"] - f["low"] for f in found]
+                    "array": [reach(f)[1] for f in found], "arrayminus": [reach(f)[0] for f in found]
                 }, row=1, col=column,
             )  # fmt: skip
     page.update_yaxes(title_text="cosine of mean tokens", col=1)
@@ -317,8 +317,7 @@ def _scatter(axis: Any, found: Sequence[Mapping[str, Any]], reading: str, skill:
     for member in found:
         x, y = member[reading], member[skill]
         axis.errorbar(
-            x["value"], y["value"], xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
-            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]], fmt="o", color=COLOURS[0], ecolor="#BBBBBB", capsize=2,
+            x["value"], y["value"], xerr=[[side] for side in reach(x)], yerr=[[side] for side in reach(y)], fmt="o", color=COLOURS[0], ecolor="#BBBBBB", capsize=2,
         )  # fmt: skip
     axis.margins(0.2)
     axis.autoscale_view()
@@ -337,10 +336,8 @@ def _name_points(
     spots = [((x - left) / (right - left), (y - bottom) / (top - bottom), name) for x, y, name in points]
     taken = [(u - 0.012, v - 0.02, u + 0.012, v + 0.02) for u, v, _ in spots]
     for (u, v, _), (x, y) in zip(spots, bars, strict=True):
-        ends = [(x[side] - left) / (right - left) for side in ("low", "high")]
-        taken.append((ends[0], v - 0.01, ends[1], v + 0.01))
-        ends = [(y[side] - bottom) / (top - bottom) for side in ("low", "high")]
-        taken.append((u - 0.006, ends[0], u + 0.006, ends[1]))
+        (less, more), (down, up) = np.nan_to_num(reach(x)) / (right - left), np.nan_to_num(reach(y)) / (top - bottom)
+        taken += [(u - less, v - 0.01, u + more, v + 0.01), (u - 0.006, v - down, u + 0.006, v + up)]
     for u, v, name in sorted(spots, key=lambda spot: spot[1]):
         wide, high = 0.017 * len(name) + 0.01, 0.06
         tries = [

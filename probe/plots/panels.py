@@ -172,9 +172,14 @@ def values(panels: Sequence[tuple[str, Sequence[Series]]], axis: str, share: boo
             for k, (name, found, colour) in enumerate(series):
                 at = np.array([names.index(label) for label in found]) + 0.22 * (k - (len(series) - 1) / 2)
                 middle = np.array([one["value"] for one in found.values()], dtype=float)
-                ends = np.array([[one["low"], one["high"]] for one in found.values()], dtype=float).reshape(-1, 2).T
-                reach = np.maximum(0, np.abs(ends - middle))
-                drawn = place.errorbar(middle, at, xerr=reach, fmt="o", color=colour, capsize=2)
+                drawn = place.errorbar(
+                    middle,
+                    at,
+                    xerr=np.array([reach(one) for one in found.values()]).reshape(-1, 2).T,
+                    fmt="o",
+                    color=colour,
+                    capsize=2,
+                )
                 handles.setdefault(name, drawn)
             if line is not None:
                 place.axvline(line, color="#888888", linewidth=0.9, linestyle=":")
@@ -202,8 +207,7 @@ def _values_on_page(
             page.add_scatter(
                 x=middle, y=list(found), mode="markers", name=name, legendgroup=name, showlegend=name not in seen,
                 marker={"color": colour, "size": 9}, error_x={
-                    "array": [one["high"] - one["value"] for one in found.values()],
-                    "arrayminus": [one["value"] - one["low"] for one in found.values()],
+                    "array": [reach(one)[1] for one in found.values()], "arrayminus": [reach(one)[0] for one in found.values()],
                 }, row=1, col=column,
             )  # fmt: skip
             seen.add(name)
@@ -211,6 +215,13 @@ def _values_on_page(
             page.add_vline(x=line, line_dash="dot", line_color=GREY, row=1, col=column)
     page.update_xaxes(title_text=axis).update_yaxes(categoryorder="array", categoryarray=list(reversed(names)))
     return page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=200 + 30 * len(names))
+
+
+def reach(one: Mapping[str, Any]) -> tuple[float, float]:
+    """How far the interval of a value goes down and up from it; NaN, which draws no bar, where it has none."""
+    if one["low"] is None or one["low"] != one["low"]:
+        return float("nan"), float("nan")
+    return max(0.0, one["value"] - one["low"]), max(0.0, one["high"] - one["value"])
 
 
 def colour(number: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from probe.analysis.stats import bootstrap_mean, wilson
+from probe.analysis.stats import bootstrap_mean, ends, wilson
 from probe.errors import DataError
 
 
@@ -15,7 +15,8 @@ from probe.errors import DataError
 class Score:
     """One metric on `n` items: `value` is `numerator / denominator` with its 95 % interval, None where that is not defined.
 
-    Proportions have Wilson's interval, everything else a percentile bootstrap over items. `n_dropped` items could not be scored and are
+    Proportions have Wilson's interval, everything else a percentile bootstrap over items, which has no ends (None) where all draws agree.
+    `n_dropped` items could not be scored and are
     part of no other number.
     """
 
@@ -55,7 +56,8 @@ def average(metric: str, values: Sequence[float | None], seed: int = 0) -> Score
     dropped = len(values) - len(known)
     if not len(known):
         return Score(metric, None, None, None, 0.0, 0.0, 0, dropped)
-    value, low, high = (float(side) for side in bootstrap_mean(known, seed))
+    value, *sides = (float(side) for side in bootstrap_mean(known, seed))
+    low, high = ends(*sides)
     return Score(metric, value, low, high, float(known.sum()), float(len(known)), len(known), dropped)
 
 
@@ -63,14 +65,14 @@ def from_draws(metric: str, value: float | None, draws: np.ndarray, numerator: f
     """A number that is no mean, with the 95 % percentiles of its bootstrap `draws`; draws in which it is not defined are NaN."""
     known = draws[np.isfinite(draws)]
     if value is None or not len(known):
-        return Score(metric, value, value, value, numerator, denominator, n)
-    low, high = (float(side) for side in np.percentile(known, [2.5, 97.5]))
+        return Score(metric, value, None, None, numerator, denominator, n)
+    low, high = ends(*np.percentile(known, [2.5, 97.5]))
     return Score(metric, value, low, high, numerator, denominator, n)
 
 
 def drawable(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, float]]:
-    """Scores (as dictionaries) by label, as figures take them: value and interval alone, those that are not defined left out."""
+    """Scores (as dictionaries) by label, as figures take them: value and interval (NaN where there is none) alone, those that are not defined left out."""
     return {
-        label: {side: float(one[side]) for side in ("value", "low", "high")}
+        label: {side: float("nan") if one[side] is None else float(one[side]) for side in ("value", "low", "high")}
         for label, one in found.items() if one is not None and one["value"] is not None
     }  # fmt: skip

@@ -15,6 +15,11 @@ Verdict = Literal["yes", "no", "unknown"]
 SPLITS = ("random", "popular", "adversarial")
 _YES = frozenset(("yes", "yeah", "yep", "yup", "sure", "certainly"))
 _NO = frozenset(("no", "nope", "not", "none", "nothing", "never", "neither", "cannot"))
+_UNSURE = re.compile(
+    r"(?:\bnot|n't)(?: (?!an?\b|the\b|any\b)\w+)? (?:clear|sure|certain|possible)\b"
+    r"|(?:\bnot|n't|\bcannot)(?: be)? (?:know|tell|say|determined?)\b|\bno way (?:to|of)\b|\b(?:unclear|unsure|uncertain)\b"
+)
+_THERE = ("there is", "there are", "there's", "there're")
 _ASKED = (
     re.compile(r"^is there an? (.+?) in the (?:image|picture|imange)\s*\?", re.IGNORECASE),
     re.compile(r"^is there an? (.+?)\s*\?$", re.IGNORECASE),
@@ -26,7 +31,8 @@ def parse_yes_no(text: str, compat: str | None = None) -> Verdict:
     """What an answer says: yes, no, or unknown.
 
     The first sentence counts. A first word that is a yes or a no decides; otherwise a denial anywhere (no, not, n't, none, nothing) is a
-    no, a yes anywhere a yes, "there is ..." a yes, and everything else unknown, as is a sentence that says both.
+    no, a yes anywhere a yes, "there is ..." a yes, and everything else unknown, as is a sentence that says both, or that it is not clear. A
+    number or a dash before the sentence is skipped.
     `compat="official"` does as the published script: no where `No`, `not` or `no` is a word of the first sentence, and yes for
     everything else, an empty answer and "nothing" included. Raises StudyError for another `compat`.
     """
@@ -35,16 +41,17 @@ def parse_yes_no(text: str, compat: str | None = None) -> Verdict:
         return "no" if {"No", "not", "no"} & set(words) else "yes"
     if compat is not None:
         raise StudyError(f"the parser of yes and no has no compat={compat!r}: there is 'official'")
-    told = re.findall(r"[a-z]+(?:'[a-z]+)?", re.split(r"[.!?\n]", text.strip().lower().replace("\u2019", "'"))[0])
+    sentence = re.split(r"[.!?\n]", re.sub(r"^\W*\d+[.):]\s*", "", text.strip().lower().replace("\u2019", "'")).strip())[0]
+    told = re.findall(r"[a-z]+(?:'[a-z]+)?", sentence)
     if told and told[0] in ("yes", "no"):
         return "yes" if told[0] == "yes" else "no"
     affirmed = any(word in _YES for word in told)
     denied = any(word in _NO or word.endswith("n't") for word in told)
-    if affirmed and denied:
+    if (affirmed and denied) or _UNSURE.search(" ".join(told)):
         return "unknown"
     if denied:
         return "no"
-    return "yes" if affirmed or told[:2] in (["there", "is"], ["there", "are"]) else "unknown"
+    return "yes" if affirmed or " ".join(told).startswith(_THERE) else "unknown"
 
 
 def asked_object(prompt: str) -> str:

@@ -4,29 +4,37 @@ A new pass is one more `Case`. `claim` is the exact statement that its settings 
 the weight of the dense model that a weight must equal, or None for one that the pass is there to change.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 from compress.budget import Budget
+from compress.calibration import Calibration
 from compress.passes import METHODS
-from compress.passes.base import Pass
+from compress.passes.base import Evidence, Pass
+from compress.passes.experts import Experts
 from compress.passes.layers import RemoveLayers
+from compress.passes.masks import Masks
+from compress.passes.prune import Prune, Subnet
+from compress.passes.skips import Composite, ShortV, Skip
 from compress.passes.tokens import Pyramid, Tokens, Withdraw
+from compress.passes.width import Width
 from compress.recipe import compress
 from compress.smaller import Smaller
 from compress.tokens.media import find_media
 from probe import Example, Subject
+from probe.calibration import linear_maps
 from probe.media import Clip
 from probe.subject import Encoded
 from tests import toys
 
 FAMILIES = (
-    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "mllama", "qwen2_audio",
+    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "smolvlm", "gemma3", "mllama", "qwen2_audio",
 )  # fmt: skip
 CLIPS = ("evs", "progressive-pooling", "thumbnail-and-sampling")
 
@@ -52,7 +60,7 @@ class Case:
     twin: Callable[[Subject, Encoded], AbstractContextManager[Subject]] | None = None
     origin: Callable[[str, Subject], str | None] = lambda name, subject: name
     clips: bool = False
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Callable[[Subject], Evidence] = lambda subject: {}
 
 
 def toy(family: str) -> tuple[Any, Any]:
@@ -117,6 +125,96 @@ def at(layer: int, share: float) -> Callable[[int, int], int]:
     return lambda n, here: max(1, round(share * n)) if here >= layer else n
 
 
+def rows_run(layer: int, query: bool, ffn: bool) -> Callable[[Made], None]:
+    """In a layer only words attend, or go through the feed-forward block; everywhere else all do, and all keys are kept."""
+
+    def claim(made: Made) -> None:
+        one = made.smaller.encode(made.encoded.examples[:1])
+        media = find_media(made.dense, one.inputs["input_ids"], {k: v for k, v in one.inputs.items() if k != "input_ids"})
+        n, visual = one.inputs["input_ids"].shape[1], sum(map(len, media[0]))
+        anatomy, asked = made.smaller.anatomy, {}
+        for i, block in enumerate(made.smaller.layers):  # the last map of each half: the halves themselves may be stood in for
+            asked[i, "query"] = block.get_submodule(f"{anatomy.attention[i]}.o_proj")
+            if not anatomy.experts[i]:  # stacked experts are no modules
+                asked[i, "ffn"] = block.get_submodule(f"{anatomy.mlp[i]}.down_proj")
+        counted = dict.fromkeys(asked, 0)
+        handles = [
+            module.register_forward_pre_hook(
+                lambda m, args, key=key: counted.update({key: counted[key] + args[0].shape[:-1].numel()})
+            )
+            for key, module in asked.items()
+        ]
+        try:
+            cache = last_state(made.smaller, one)[1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        for (i, part), rows in counted.items():
+            assert rows == (n if i != layer or {"query": query, "ffn": ffn}[part] else n - visual), (i, part, rows, n, visual)
+        assert {cached.keys.shape[2] for cached in cache.layers} == {n}
+
+    return claim
+
+
+def nothing_saved(made: Made) -> None:
+    """Every layer's cache holds every position: a mask removes nothing."""
+    assert {cached.keys.shape[2] for cached in made.cache.layers} == {made.encoded.inputs["input_ids"].shape[1]}
+    assert [len(one.layers) for one in made.smaller.attached] == [2]
+
+
+def zeros(per: str, share: float = 0.5) -> Callable[[Made], None]:
+    """So many zeros in every row, every matrix, or every four inputs; at least so many of a subnetwork, which says how many."""
+
+    def claim(made: Made) -> None:
+        told = {one["name"]: one["sparsity"] for one in made.smaller.ledger[-1].changes[0]["maps"]}
+        seen = 0
+        for name, module in linear_maps(made.smaller):
+            if name not in told:
+                continue
+            gone = module.weight == 0
+            assert float(gone.float().mean()) == pytest.approx(told[name], abs=1e-6)
+            if per == "row":
+                assert set(gone.sum(1).tolist()) == {int(share * gone.shape[1])}
+            elif per == "matrix":
+                assert int(gone.sum()) == int(share * gone.numel())
+            elif per == "four":
+                assert set(gone.view(len(gone), -1, 4).sum(-1).flatten().tolist()) == {2}
+            else:
+                assert told[name] >= share
+            seen += 1
+        assert seen == len(told) > 0
+
+    return claim
+
+
+def half_as_wide(made: Made) -> None:
+    """Half of the key heads with their query heads, and half of the neurons, are gone from every layer that can lose some."""
+    heads, neurons = ({int(layer) for layer in change["units"]} for change in made.smaller.ledger[-1].changes)
+    assert neurons == set(range(made.dense.n_layers))
+    assert heads == {i for i in neurons if not made.dense.anatomy.cross[i]}
+    for i, (thin, wide) in enumerate(zip(made.smaller.layers, made.dense.layers, strict=True)):
+        assert thin.mlp.down_proj.in_features == wide.mlp.down_proj.in_features // 2
+        if i in heads:
+            assert thin.self_attn.o_proj.in_features == wide.self_attn.o_proj.in_features // 2
+            keys = made.dense.config.get_text_config().num_key_value_heads // 2
+            assert made.cache.layers[i].keys.shape[1] == keys
+
+
+def experts_less(made: Made) -> None:
+    """One expert of four is gone from every layer, from the router too, and the configuration says so."""
+    assert made.smaller.config.get_text_config().num_experts == 3
+    for layer in made.smaller.layers:
+        assert len(layer.mlp.gate.weight) == 3
+
+
+# --- evidence --------------------------------------------------------------------------------------------------------
+
+
+def examples(subject: Subject) -> Evidence:
+    """The pair as calibration examples."""
+    return {"calibration": Calibration(tuple(replace(one, answer="yes") for one in toys.pair(subject)))}
+
+
 # --- twins -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +263,16 @@ def renumbered(gone: int) -> Callable[[str, Subject], str | None]:
     return origin
 
 
+def not_in(*parts: str) -> Callable[[str, Subject], str | None]:
+    """What stands in these parts of decoder layers may change; nothing else."""
+
+    def origin(name: str, subject: Subject) -> str | None:
+        inside = name.startswith(f"{subject.anatomy.layers}.") and any(f".{part}." in name for part in parts)
+        return None if inside else name
+
+    return origin
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -190,10 +298,50 @@ def _withdraw() -> Case:
     )  # fmt: skip
 
 
+def _skips() -> list[Case]:
+    found = [
+        ("skip", Skip(layers=(2,)), Skip(layers=()), (False, False)), ("shortv", ShortV(layers=(2,)), ShortV(layers=()), (False, False)),
+        ("composite", Composite(layers=(2,)), Composite(layers=()), (False, True)),
+    ]  # fmt: skip
+    return [Case(name, real, nothing, rows_run(2, *runs), masked(real)) for name, real, nothing, runs in found]
+
+
+def _masks() -> list[Case]:
+    methods = ("aki", "naavit", "croc", "unimodal")
+    pairs = [(Masks(method=m, layers=(1, 2)), Masks(method=m, layers=())) for m in methods]
+    return [Case(f"mask: {real.method}", real, nothing, nothing_saved) for real, nothing in pairs]
+
+
+def _weights() -> list[Case]:
+    maps = not_in("self_attn", "mlp", "cross_attn")
+    dense = Prune(sparsity=0.0)
+    return [
+        Case("prune: magnitude", Prune(method="magnitude", sparsity=0.5), dense, zeros("matrix"), origin=maps, evidence=examples),
+        Case("prune: wanda", Prune(sparsity=0.5), dense, zeros("row"), origin=maps, evidence=examples),
+        Case("prune: wanda 2:4", Prune(n_of_m="2:4"), dense, zeros("four"), origin=maps, evidence=examples),
+        Case("prune: sparsegpt", Prune(method="sparsegpt", sparsity=0.5), dense, zeros("matrix"), origin=maps, evidence=examples),
+        Case(
+            "subnet", Subnet(by="side", sparsity=0.5), Subnet(by="side", sparsity=0.0), zeros("at least"), origin=maps, evidence=examples
+        ),
+    ]  # fmt: skip
+
+
+def _structured() -> list[Case]:
+    width = Width(heads=0.5, neurons=0.5, score="magnitude")
+    return [
+        Case("width", width, Width(), half_as_wide, masked(width), origin=not_in("self_attn", "mlp")),
+        Case("experts", Experts(count=1), Experts(count=0), experts_less, origin=not_in("mlp"), evidence=examples),
+    ]
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Case("remove-layers", RemoveLayers(layers=(2,)), RemoveLayers(layers=()), layers_less(1), passed_by(2), renumbered(2)),
+        *_weights(),
+        *_structured(),
+        *_skips(),
+        *_masks(),
         *(_method(name) for name in METHODS),
         _pyramid(),
         _withdraw(),

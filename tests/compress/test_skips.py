@@ -17,6 +17,7 @@ from compress.recipe import compress
 from compress.skips.rows import Rows
 from compress.skips.rule import length_layers
 from compress.smaller import Smaller
+from compress.twin import simulated
 from probe import Example, Mass, load, sweep, trace
 from probe.edits import Knockout
 from probe.errors import PassError, ReplayError
@@ -91,9 +92,9 @@ def compared(subject, name, examples, side):
     encoded = subject.encode(examples, side)
     plain = last_logits(subject, encoded)
     physical = said(compressed(subject, one), encoded)
-    simulated = said(compressed(subject, one.model_copy(update={"simulated": True})), encoded)
+    masked = said(compressed(subject, one.model_copy(update={"simulated": True})), encoded)
     wanted = slow.logits(subject, encoded, visual_rows(subject, encoded), one.layers, **rule)
-    torch.testing.assert_close(physical, simulated, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(physical, masked, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(physical, wanted, atol=1e-5, rtol=1e-5)
     assert (physical - plain).abs().max() > 1e-3
     assert torch.equal(last_logits(subject, encoded), plain)  # detached without a trace
@@ -114,6 +115,28 @@ def test_so_it_is_in_every_family(family):
     compared(subject, "ffn", toys.pair(subject)[1:], "left")
     compared(subject, "composite", toys.pair(subject), "left")
     compared(subject, "no keys, ffn", toys.pair(subject), "right")
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("mode", ["block", "ffn", "attention"])
+def test_words_that_rest(family, mode):
+    """The contrast: pictures run on, the words do not; what is written are words, too."""
+    subject = opened(family)
+    rule = {"block": {"query": False, "ffn": False}, "ffn": {"ffn": False}, "attention": {"query": False}}[mode]
+    one = Skip(mode=mode, rows="text", layers=(1,))
+    encoded = subject.encode(toys.pair(subject))
+    words = ~visual_rows(subject, encoded)
+    physical = compressed(subject, one)
+    ran = tokens_run(physical, subject.encode(toys.pair(subject)[0]))[1]
+    found = said(physical, encoded)
+    wanted = slow.logits(subject, encoded, words, (1,), **rule)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        said(compressed(subject, one.model_copy(update={"simulated": True})), encoded), wanted, atol=1e-5, rtol=1e-5
+    )
+    assert ran.queries == (ran.keys if mode == "ffn" else int((~words)[0].sum()))
+    if family == "llava":
+        check_written(subject, one, rule, lambda encoded: words, (1,), beyond=True)
 
 
 def test_how_many_were_compared():
@@ -165,8 +188,8 @@ def test_keys_of_updated_tokens():
         encoded = subject.encode(toys.pair(subject))
         one = Composite(layers=LAYERS, kv_from_updated=True)
         physical = said(compressed(subject, one), encoded)
-        simulated = said(compressed(subject, one.model_copy(update={"simulated": True})), encoded)
-        torch.testing.assert_close(physical, simulated, atol=1e-5, rtol=1e-5)
+        masked = said(compressed(subject, one.model_copy(update={"simulated": True})), encoded)
+        torch.testing.assert_close(physical, masked, atol=1e-5, rtol=1e-5)
         assert (physical - said(compressed(subject, Composite(layers=LAYERS)), encoded)).abs().max() > 1e-3
 
 
@@ -193,10 +216,10 @@ def test_two_calls_equal_one_under_a_dense_mask():
     visual = torch.zeros(1, 12, dtype=torch.bool)
     visual[0, 3:8] = True
     rows = Rows.of(visual)
-    assert rows.segments() == [(0, 3), (8, 12)]
+    assert rows.segments == ((0, 3), (8, 12))
     q, k, v = torch.randn(3, 1, 2, 12, 8).unbind(0)
     attend = torch.nn.functional.scaled_dot_product_attention
-    words = rows.text[0]
+    words = rows.running[0]
     dense = attend(q[:, :, words], k, v, attn_mask=torch.ones(12, 12, dtype=torch.bool).tril()[words])
     before = attend(q[:, :, :3], k[:, :, :3], v[:, :, :3], is_causal=True)
     behind = attend(q[:, :, 8:], k, v, attn_mask=causal_lower_right(4, 12))
@@ -221,7 +244,9 @@ def test_both_ways_of_attending_agree_in_the_model(family, monkeypatch):
     monkeypatch.setattr(runtime, "_calls", noting)
     fast = said(compressed(subject, ShortV(layers=LAYERS)), encoded)
     monkeypatch.setattr(
-        runtime, "_calls", lambda rows, mask, length, kernel: [(rows.text, None, runtime.mask_of(None, rows.text, length))]
+        runtime,
+        "_calls",
+        lambda rows, mask, length, kernel: [(rows.running, None, runtime.mask_of(None, rows.running, length))],
     )
     dense = said(compressed(subject, ShortV(layers=LAYERS)), encoded)
     torch.testing.assert_close(fast, dense, atol=1e-5, rtol=1e-5)
@@ -246,18 +271,18 @@ def extended(encoded, written):
     return inputs
 
 
-def check_written(subject, one, rule, rows_of, layers):
+def check_written(subject, one, rule, rows_of, layers, beyond=False):
     """Each of five tokens of a padded batch from the cache, against whole passes without one, what the rule leaves out taken out."""
     encoded = subject.encode(toys.pair(subject))
     length = encoded.inputs["input_ids"].shape[1]
-    for simulated in (False, True) if subject.anatomy.family == "LLaVA" else (False,):
-        smaller = compressed(subject, one.model_copy(update={"simulated": simulated}))
+    for masked in (False, True) if subject.anatomy.family == "LLaVA" else (False,):
+        smaller = compressed(subject, one.model_copy(update={"simulated": masked}))
         made = generated(smaller, encoded)
         smaller.detach()
         written = made.sequences[:, length:]
         for step, logits in enumerate(made.logits):
             inputs = extended(encoded, written[:, :step])
-            rows = torch.nn.functional.pad(rows_of(encoded), (0, step))
+            rows = torch.nn.functional.pad(rows_of(encoded), (0, step), value=beyond)
             if one.rows == "all":
                 rows = torch.ones_like(rows)
                 rows[:, :length] &= one.when != "answer"
@@ -332,9 +357,9 @@ def test_with_tokens_dropped_before_and_inside(family, name):
     encoded = subject.encode(toys.pair(subject))
     for layer, method in ((0, "uniform"), (deep, "dart" if family != "smolvlm" else "fastv")):
         both = []
-        for simulated in (False, True):
-            tokens = Tokens(method=method, layer=layer, budget=Budget(keep=0.5), positions="preserve", simulated=simulated)
-            smaller = compressed(subject, one.model_copy(update={"simulated": simulated}), tokens)
+        for masked in (False, True):
+            tokens = Tokens(method=method, layer=layer, budget=Budget(keep=0.5), positions="preserve", simulated=masked)
+            smaller = compressed(subject, one.model_copy(update={"simulated": masked}), tokens)
             both.append((last_logits(smaller, encoded), generated(smaller, encoded)))
             smaller.detach()
         torch.testing.assert_close(both[0][0], both[1][0], atol=1e-4, rtol=1e-4)
@@ -372,6 +397,18 @@ def test_tracing_sees_every_row_and_the_same_numbers():
         sweep(smaller, encoded, [Knockout("last", "image")])
     naive = sweep(smaller, encoded, [Knockout("last", "image")], "naive")
     assert naive.edited[0].isfinite().all()
+    smaller.detach()
+
+
+def test_the_twin_runs_every_row_and_says_the_same():
+    subject = opened("llava")
+    encoded = subject.encode(toys.pair(subject)[0])
+    smaller = compressed(subject, ShortV(layers=LAYERS))
+    plain, n = last_logits(smaller, encoded), len(encoded.maps[0])
+    with simulated(smaller, [encoded]) as twin:
+        rows = counted(twin, 1, lambda: torch.testing.assert_close(last_logits(twin, encoded), plain, atol=1e-5, rtol=1e-5))
+    assert rows == {"q": n, "k": n, "ffn": n}
+    assert counted(smaller, 1, lambda: last_logits(smaller, encoded))["ffn"] < n
     smaller.detach()
 
 
@@ -529,6 +566,6 @@ def test_the_costs_of_passes_are_those_of_the_closed_form():
         ]  # fmt: skip
         size = LayerSize.of(32, 64)
         assert size.macs(found[1], Convention("causal")) < size.macs(found[0], Convention("causal"))
-        simulated = compressed(subject, one.model_copy(update={"simulated": True}))
-        assert tokens_run(simulated, encoded) == tokens_run(subject, encoded)
-        simulated.detach()
+        everything = compressed(subject, one.model_copy(update={"simulated": True}))
+        assert tokens_run(everything, encoded) == tokens_run(subject, encoded)
+        everything.detach()

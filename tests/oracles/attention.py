@@ -43,3 +43,33 @@ def eager_logits_with_mask(subject: Subject, encoded: Encoded, cut: dict[int, Te
             handle.remove()
         subject.model.set_attn_implementation(before)
     return logits[torch.arange(len(encoded)), encoded.last]
+
+
+@torch.no_grad()
+def logits_with_whole_mask(subject: Subject, encoded: Encoded, cut: Tensor) -> Tensor:
+    """Last-position logits of an eager pass that is given one additive 4-D mask (batch 1 query key) for all of its layers.
+
+    The mask is causal, without padding, and without the edges of `cut` (batch query key, True where cut); where the model makes its own masks
+    (Gemma 3, whose picture looks both ways) the edges are taken out of those. It enters the language model where the plain one would.
+    """
+    real = encoded.inputs["attention_mask"].bool()
+    low = torch.finfo(torch.float32).min
+    seen = real[:, None, :] & torch.ones(cut.shape[-2:], dtype=torch.bool).tril()
+    whole = torch.where(seen & ~cut, 0.0, low)[:, None]
+
+    def enter(module, args, kwargs):
+        given = kwargs["attention_mask"]
+        if isinstance(given, dict):
+            made = {kind: mask.masked_fill(cut[:, None], low) for kind, mask in given.items()}
+            return args, {**kwargs, "attention_mask": made}
+        return args, {**kwargs, "attention_mask": whole}
+
+    before = subject.decoder.config._attn_implementation
+    subject.model.set_attn_implementation("eager")
+    handle = subject.decoder.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        logits = subject.model(**encoded.inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+        subject.model.set_attn_implementation(before)
+    return logits[torch.arange(len(encoded)), encoded.last]

@@ -104,6 +104,18 @@ def test_paired_tests_find_what_is_there_and_nothing_else():
     assert benjamini_hochberg(np.array([0.01, 0.04, np.nan, 0.03])) == pytest.approx([0.03, 0.04, np.nan, 0.04], nan_ok=True)
 
 
+def test_what_is_not_known_is_left_out_of_its_own_column():
+    rng = np.random.default_rng(1)
+    whole = rng.normal(size=(30, 4))
+    gaps = whole.copy()
+    gaps[3, 0], gaps[:28, 1], gaps[1:, 2] = np.nan, np.nan, np.nan  # 29, 2 and 1 of a column are known
+    p = sign_flip(gaps)
+    assert p[0] == pytest.approx(sign_flip(np.delete(whole[:, 0], 3)), abs=0.04)
+    assert p[1] == pytest.approx(sign_flip(whole[28:, 1]), abs=0.04)
+    assert np.isnan(p[2])
+    assert p[3] == sign_flip(whole)[3]  # a column without gaps is what it was
+
+
 def test_a_correlation_has_an_interval_that_can_hold_zero():
     x = np.arange(8.0)
     line = correlate(x, 2 * x + 1)

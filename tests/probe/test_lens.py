@@ -1,5 +1,7 @@
 """Words read without a table of the vocabulary, directions erased, and what is counted of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probe import Example, Patch, load, sweep, trace
 from probe.analysis.clustered import auroc_draws, auroc_of_cases, auroc_over_examples
 from probe.analysis.lens import best_layer, correspondence
+from probe.anatomy import verify
 from probe.edits import Erase
-from probe.errors import EditError, ReplayError
+from probe.errors import AnatomyError, EditError, ReplayError
 from probe.generation import trace_generation
 from probe.recorders import Confidence, Residual
+from probe.recorders import Lens as LensOf
 from probe.spelling import spell, word_direction
 from probe.tracing import last_logits
 from probe.vocabulary import Vocabulary
@@ -236,3 +240,89 @@ def test_auroc_is_the_share_of_pairs_in_order():
     assert found.low < found.value < found.high
     alone = auroc_over_examples(values[:5], np.array([True, False, True, False, True]), example[:5])
     assert alone.low == alone.value == alone.high
+
+
+# --- what is captured, against transformers -----------------------------------------------------------------------------
+
+NORMED = ("llava", "qwen2_vl", "gemma3")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", NORMED)
+def test_captured_states_are_those_of_transformers(toy, family, side):
+    """h^l is `hidden_states[l]` at every layer, and the last one after the final norm is `hidden_states[-1]`."""
+    assert len(NORMED) == 3
+    subject = toy(family)
+    encoded = subject.encode(toys.pair(subject), side)
+    with torch.no_grad():
+        expected = subject.model(**encoded.inputs, use_cache=False, output_hidden_states=True).hidden_states
+    found = trace(subject, encoded, [Residual("resid_pre"), Residual("resid_post")])
+    before, after = found["states"].tensor, found["states.1"].tensor
+    assert len(expected) == subject.n_layers + 1 == len(before) + 1 == len(after) + 1
+    for i, token_map in enumerate(encoded.maps):
+        real = token_map.positions("real")
+        for layer in range(subject.n_layers):
+            torch.testing.assert_close(before[layer, i, : len(real)], expected[layer][i, real], atol=1e-5, rtol=1e-5)
+            if layer + 1 < subject.n_layers:  # what leaves the last layer is not in that list before the norm
+                torch.testing.assert_close(after[layer, i, : len(real)], expected[layer + 1][i, real], atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            normed = subject.model.get_submodule(subject.anatomy.final_norm)(after[-1, i, : len(real)])
+        torch.testing.assert_close(normed, expected[-1][i, real], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(after[-1, i, : len(real)], expected[-1][i, real], atol=1e-2)
+
+
+@pytest.fixture(scope="module", params=NORMED)
+def scaled(request):
+    """A toy whose final norm scales each channel otherwise: with scales of one, norming twice is norming once."""
+    model, processor = toys.build(request.param)
+    subject = load((model, processor))
+    norm = subject.model.get_submodule(subject.anatomy.final_norm)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.2, 3.0, norm.weight.numel()))
+    return subject
+
+
+def test_a_state_normed_twice_is_told_apart(scaled):
+    """The lens of the last layer is the model's own output; normed once more it is another one, at that layer and below."""
+    encoded = scaled.encode(toys.pair(scaled))
+    with torch.no_grad():
+        out = scaled.model(**encoded.inputs, use_cache=False, output_hidden_states=True)
+    norm = scaled.model.get_submodule(scaled.anatomy.final_norm)
+    rows = torch.arange(2)
+    found = trace(scaled, encoded, [LensOf("last", track=((5, 9),) * 2)])["lens_logit"].tensor[:, :, 0]
+    own = out.logits[rows, encoded.last]
+    torch.testing.assert_close(found[-1], own[:, [5, 9]], atol=1e-4, rtol=1e-4)
+    states = [*out.hidden_states[1:-1], out.hidden_states[-1]]  # the last one is normed already
+    for layer, state in enumerate(states):
+        last = state[rows, encoded.last]
+        once = last if layer == scaled.n_layers - 1 else norm(last)
+        twice = norm(once)
+        with torch.no_grad():
+            read, wrong = (oracle.raw(scaled, side)[:, [5, 9]] for side in (once, twice))
+        torch.testing.assert_close(found[layer], read, atol=1e-4, rtol=1e-4)
+        assert (found[layer] - wrong).abs().max() > 0.01
+
+
+def test_the_check_of_the_lens_fails_on_states_that_are_normed_already(scaled):
+    """A model that norms inside its last layer: reading it through the norm again is what the check is there to find."""
+    inputs = scaled.encode(toys.pair(scaled)[0]).inputs
+    assert all(check.held for check in verify(scaled.model, scaled.anatomy, inputs) if check.name == "lens")
+    owner, _, name = scaled.anatomy.final_norm.rpartition(".")
+    parent, norm = scaled.model.get_submodule(owner), scaled.model.get_submodule(scaled.anatomy.final_norm)
+
+    def normed(module, args, output):
+        return (norm(output[0]), *output[1:]) if isinstance(output, tuple) else norm(output)
+
+    handle = scaled.layers[-1].register_forward_hook(normed)
+    setattr(parent, name, torch.nn.Identity())
+    parent.add_module("kept_norm", norm)
+    try:
+        anatomy = replace(scaled.anatomy, final_norm=f"{owner}.kept_norm")
+        with pytest.raises(AnatomyError, match="fails the check 'lens'"):
+            verify(scaled.model, anatomy, inputs)
+        once = verify(scaled.model, scaled.anatomy, inputs)  # read through what the model does after its last layer: nothing
+        assert [check.held for check in once if check.name == "lens"] == [True]
+    finally:
+        handle.remove()
+        setattr(parent, name, norm)
+        del parent.kept_norm

@@ -9,7 +9,7 @@ from probe import Ablate, Example, Knockout, Lens, Mass, Patch, Patterns, Residu
 from probe.errors import EditError, ExampleError
 from probe.tracing import last_logits
 from tests import toys
-from tests.oracles.attention import eager_logits_with_mask, eager_patterns
+from tests.oracles.attention import eager_logits_with_mask, eager_patterns, logits_with_whole_mask
 
 SIDES = ("left", "right")
 CASES = [(family, side) for family in toys.PLAIN for side in SIDES]
@@ -79,6 +79,26 @@ def test_a_padded_batch_equals_batches_of_one(toy, pair, family):
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(together["mass"].tensor[:, i], alone["mass"].tensor[:, 0], atol=1e-5, rtol=0)
         torch.testing.assert_close(together["states"].tensor[:, i], alone["states"].tensor[:, 0], atol=1e-5, rtol=0)
+
+
+CUT_FAMILIES = ("llava", "qwen2_vl", "gemma3")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("family", CUT_FAMILIES)
+def test_image_to_last_cut_in_all_layers_equals_one_whole_mask(toy, pair, family, side):
+    assert len(CUT_FAMILIES) == 3
+    subject = toy(family)
+    encoded = subject.encode(pair, side)
+    cut = torch.zeros(2, *(encoded.inputs["input_ids"].shape[1],) * 2, dtype=torch.bool)
+    for i, token_map in enumerate(encoded.maps):
+        cut[i, token_map.positions("last")[0], token_map.positions("image")] = True
+    assert cut.any((1, 2)).all()
+    clean = last_logits(subject, encoded)
+    found = trace(subject, encoded, edit=[Knockout("last", "image")]).logits
+    torch.testing.assert_close(found, logits_with_whole_mask(subject, encoded, cut), atol=1e-5, rtol=0)
+    torch.testing.assert_close(clean, logits_with_whole_mask(subject, encoded, torch.zeros_like(cut)), atol=1e-5, rtol=0)
+    assert (found - clean).abs().max() > 1e-4  # the cut is felt: equal masks would show nothing
 
 
 @pytest.mark.parametrize(("family", "side"), CASES)

@@ -30,7 +30,10 @@ def test_a_model_is_checked(stranger):
     assert (found["family"], found["model_type"]) == ("LLaVA", "llava")
     assert [check["check"] for check in found["checks"]] == ["identity", "felt", "lens", "seen"]
     assert all(check["held"] for check in found["checks"])
+    assert "at most" in next(check["means"] for check in found["checks"] if check["check"] == "lens")
     told = run(app, ["models", "--check", str(stranger)]).stdout
+    (felt,) = (line for line in told.splitlines() if " felt " in line)
+    assert felt.endswith("the largest change of a logit where a middle layer's output is zeros: must be more than rounding")
     assert "8 layers; takes image" in told
     assert "model.multi_modal_projector" in told
 
@@ -45,7 +48,7 @@ def test_studies_and_models_are_listed_as_json():
     for row in table:
         verdicts = [*row["capabilities"].values(), *row["passes"].values()]
         assert all(v == "pass" or v.startswith(("not applicable: ", "refused: ")) for v in verdicts)
-    assert sum(bool(row["passes"]) for row in table) == 10
+    assert sum(bool(row["passes"]) for row in table) == 11
     text = run(app, ["models"]).stdout
     assert "Qwen2.5-VL" in text
     assert "tokens: divprune" in text
@@ -89,6 +92,12 @@ FAILING = {
     "no limit": (["study", "information-flow", "--limit", "0"], 1, "a limit of 0 leaves no examples"),
     "unknown model": (["study", "information-flow", "--model", "/nowhere"], 1, "there is no model folder at /nowhere"),
     "unknown dtype": (["trace", "demo", "--prompt", "x", "--dtype", "int3"], 1, "there is no dtype 'int3': name float32"),
+    "a slip in demo": (["trace", "dmeo", "--prompt", "x"], 1, "there is no model 'dmeo' (did you mean 'demo'?)"),
+    "a slip in demo:NAME": (
+        ["trace", "demmo:frozen", "--prompt", "x"],
+        1,
+        "there is no model 'demmo:frozen' (did you mean 'demo:frozen'?)",
+    ),
     "unknown command": (["studdy"], 2, "No such command 'studdy'"),
 }
 
@@ -102,8 +111,8 @@ def test_errors_are_one_sentence_and_an_exit_code(case):
     assert "Traceback" not in result.output
 
 
-def test_there_were_seven_failures():
-    assert len(FAILING) == 7
+def test_there_were_nine_failures():
+    assert len(FAILING) == 9
 
 
 @pytest.mark.parametrize(
@@ -133,6 +142,25 @@ def test_a_bad_prompt_writes_nothing(stranger, tmp_path, prompt, message):
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "other"), [("lens", "--text-layer", "--ig-steps"), ("patching", "--ig-steps", "--text-layer")]
+)
+def test_a_study_helps_with_its_own_options(name, own, other):
+    result = run(app, ["study", name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert STUDIES[name][1] in result.stdout
+    assert own in result.stdout
+    assert other not in result.stdout
+    assert "default: " in result.stdout
+    assert "sightline study --help" in " ".join(result.stdout.split())
+
+
+def test_the_options_of_every_study_are_shown_without_a_name():
+    result = run(app, ["study", "--help"])
+    assert result.exit_code == 0, result.output
+    assert "--padding" in result.stdout
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -118,6 +118,7 @@ def test_what_cannot_be_used_is_refused(toy, tmp_path):
     setting = Setting(subject, Data("toys", tuple(_labelled(subject)), "t"), tmp_path / "r")
     for asked, message in (
         ({"norm": "first"}, "there is no norm 'first'"), ({"direction": "mean"}, "there is no direction 'mean'"), ({"top": 0}, "at least one token"),
+        ({"top": 100_000}, f"top 100000 is more than the {subject.vocabulary} tokens of the vocabulary"),
         ({"question": "is it there ?"}, "has a place for its word"),
     ):  # fmt: skip
         with pytest.raises(StudyError, match=message):

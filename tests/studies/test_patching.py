@@ -199,6 +199,12 @@ def test_what_cannot_be_used_is_named(toy, tmp_path, stranger_pairs):
         patching(Setting(subject, Data("toys", (alone,), "t"), tmp_path / "r"))
     with pytest.raises(StudyError, match=r"there is no method 'replays' .did you mean 'replay'"):
         patching(Setting(subject, asked(subject, tmp_path), tmp_path / "r"), method="replays")
+    for method in ("replay", "naive"):
+        hybrid = Setting(toy("qwen3_5"), asked(subject, tmp_path), tmp_path / "r")
+        with pytest.raises(
+            StudyError, match=r"layer 0 of this Qwen3.5 model has no softmax attention: it takes models whose layers all attend"
+        ):
+            patching(hybrid, method=method)
     with pytest.raises(StudyError, match="cannot be below zero"):
         patching(Setting(subject, asked(subject, tmp_path), tmp_path / "r"), least=-1.0)
     with pytest.raises(EditError, match="a window has 1 to 4 layers"):

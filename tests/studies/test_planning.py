@@ -73,7 +73,7 @@ def test_a_model_is_made_from_a_plan(runs, stranger, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert {"model", "ledger", "loads_in_transformers", "plan"} <= set(found)
-    assert found["measured"]["flops_ratio"] <= 0.71
+    assert found["measured"]["flops_ratio"] <= 0.7 * 1.02
     assert "nats" in (tmp_path / "m/plan.md").read_text()
     again = CliRunner().invoke(app, ["compress", str(tmp_path / "m/recipe.yaml"), "--model", str(stranger), "--limit", "4", "--rounds", "0",
                                      "--device", "cpu", "--out", str(tmp_path / "n"), "--json", "--quiet"])  # fmt: skip

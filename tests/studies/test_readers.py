@@ -182,7 +182,7 @@ def clotho_aqa(folder):
 
 # of each format: the ids that are read, the answers, and what the sentences about the rest say
 EXPECTED = {
-    "pope": (["popular-1", "popular-5", "random-1"], ["yes", "no", "yes"], [
+    "pope": (["popular-1", "random-1", "popular-5"], ["yes", "yes", "no"], [
         "line 2 of coco_pope_popular.json: it is not valid JSON", "its file no.jpg is in none of", "its label is 'maybe'", "the id 'popular-1' stands there before",
         "line 6 of coco_pope_popular.json has no text"]),
     "gqa": (["201"], ["no"], ["question 202: its file gone.jpg is in none of", "question 203 has no answer"]),
@@ -227,7 +227,7 @@ def read(name, tmp_path):
 
 def test_tags_and_texts(tmp_path):
     first = read("pope", tmp_path / "a" if (tmp_path / "a").mkdir() is None else tmp_path)
-    assert dict(first[1].tags) == {"kind": "exist", "split": "popular", "object": "umbrella"}
+    assert dict(first[2].tags) == {"kind": "exist", "split": "popular", "object": "umbrella"}
     (tmp_path / "b").mkdir()
     seed = read("seed-bench", tmp_path / "b")
     assert seed[0].options == "A. One\nB. Two\nC. Three\nD. Four"
@@ -291,3 +291,79 @@ def test_nothing_that_can_be_read_is_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match=r"broken.json is not valid JSON"):
         load_data(f"gqa:{tmp_path / 'broken.json'}")
+
+
+def mmbench_rows(path, *rows):
+    cell = base64.b64encode(png()).decode()
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["index", "question", "A", "B", "C", "D", "answer", "image"])
+        writer.writerows([str(i), "Which?", *row, cell] for i, row in enumerate(rows))
+
+
+def test_an_empty_option_shifts_no_letter(tmp_path):
+    """The answer's letter is that of the column; "nan" is a word like another, and "B" may be the text of option A."""
+    mmbench_rows(
+        tmp_path / "m.tsv", ["alpha", "", "gamma", "delta", "C"], ["alpha", "", "gamma", "delta", "D"], ["alpha", "", "gamma", "delta", "B"],
+        ["nan", "pita", "", "", "A"], ["B", "A", "", "", "A"],
+    )  # fmt: skip
+    data = load_data(f"mmbench:{tmp_path / 'm.tsv'}")
+    assert [(e.answer, e.choices) for e in data.examples] == [
+        ("gamma", ("alpha", "gamma", "delta")), ("delta", ("alpha", "gamma", "delta")), ("nan", ("nan", "pita")), ("B", ("B", "A")),
+    ]  # fmt: skip
+    assert data.problems == ("line 4 of m.tsv: its answer 'B' is an empty option",)
+
+
+def test_a_limit_keeps_every_split_of_pope(tmp_path):
+    picture(tmp_path / "images/p.jpg")
+    for split, count in (("adversarial", 5), ("popular", 3), ("random", 1)):
+        rows = [
+            {"question_id": i, "image": "p.jpg", "text": f"Is there a thing{i} in the image?", "label": "yes"}
+            for i in range(count)
+        ]
+        lines(tmp_path / f"coco_pope_{split}.json", *rows)
+    found = load_data(f"pope:{tmp_path}", limit=5).examples
+    assert [e.id for e in found] == ["adversarial-0", "popular-0", "random-0", "adversarial-1", "popular-1"]
+    assert len(load_data(f"pope:{tmp_path}").examples) == 9
+
+
+MISSHAPEN = {  # format, what its JSON holds instead, and the sentence
+    "seed, number": ("seed-bench", "SEED-Bench.json", {"questions": 3}, r"SEED-Bench.json has no list 'questions'"),
+    "seed, list": ("seed-bench", "SEED-Bench.json", [1, 2], r"SEED-Bench.json is not an object of questions"),
+    "seed, none": ("seed-bench", "SEED-Bench.json", {"question_type": {}}, r"SEED-Bench.json has no list 'questions'"),
+    "seed, words": ("seed-bench", "SEED-Bench.json", {"questions": ["x"]}, r"question number 0: it is not a JSON object"),
+    "seed, kinds": (
+        "seed-bench",
+        "SEED-Bench.json",
+        {"questions": [], "question_type": [1]},
+        r"its question_type is no object",
+    ),
+    "vqav2, list": (
+        "vqav2",
+        "v2_OpenEnded_mscoco_val2014_questions.json",
+        [1],
+        r"questions.json is not an object of questions",
+    ),
+    "gqa, numbers": ("gqa", "testdev_balanced_questions.json", {"1": 3}, r"question 1: it is not a JSON object"),
+    "scienceqa, list": ("scienceqa", "problems.json", [1], r"problems.json is not an object of problems by id"),
+    "video, object": ("video-mme", "v.json", {"a": 1}, r"v.json is not a list of questions, or of videos with theirs"),
+    "video, words": ("video-mme", "v.json", ["x"], r"entry number 0: it is not a JSON object"),
+    "video, numbers": ("video-mme", "v.json", [{"questions": [3]}], r"entry number 0: its questions are not JSON objects"),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_json_of_another_shape_is_answered_with_a_sentence(case, tmp_path):
+    name, file, content, message = MISSHAPEN[case]
+    dump(tmp_path / file, content)
+    with pytest.raises(DataError, match=message):
+        load_data(f"{name}:{tmp_path}")
+    assert len(MISSHAPEN) == 11
+
+
+def test_annotations_of_another_shape_are_answered_with_a_sentence(tmp_path):
+    vqav2(tmp_path)
+    for content, message in (([1], "is not an object of annotations"), ({"annotations": 3}, "has no list 'annotations'")):
+        dump(tmp_path / "v2_mscoco_val2014_annotations.json", content)
+        with pytest.raises(DataError, match=message):
+            load_data(f"vqav2:{tmp_path}")

@@ -27,6 +27,19 @@ def test_units_appear_whole_and_are_not_done_again(tmp_path):
     assert again.rows(["a", "b"]).to_pylist() == [{"example": "x", "value": 1.0}, {"example": "y", "value": None}]
 
 
+def test_a_smaller_limit_throws_nothing_away(tmp_path):
+    run = opened(tmp_path / "r", {"width": 3, "limit": 3})
+    for key in "abc":
+        run.write(key, [{"example": key, "value": 1.0}])
+    smaller = opened(tmp_path / "r", {"width": 3, "limit": 1})
+    assert smaller.rows(["a"]).num_rows == 1
+    assert pq.read_table(tmp_path / "r/records").num_rows == 1  # what is read by folder is what was asked
+    again = opened(tmp_path / "r", {"width": 3, "limit": 4})
+    assert again.pending(["a", "b", "c", "d"]) == ["d"]
+    assert again.rows(["a", "b", "c"])["example"].to_pylist() == ["a", "b", "c"]
+    assert not list((tmp_path / "r/set-aside").iterdir())
+
+
 def test_what_a_kill_leaves_behind_is_swept_away(tmp_path):
     run = opened(tmp_path / "r")
     (tmp_path / "r/records/part-a.tmp").write_bytes(b"half")

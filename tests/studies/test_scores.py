@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from probe.analysis.stats import mcnemar, paired_difference, wilson
+from probe.analysis.stats import ends, mcnemar, paired_difference, wilson
 from probe.errors import DataError, StudyError
 from probe.likelihood import Likelihood
-from studies.tasks.scores import Score, average, proportion
+from studies.tasks.scores import Score, average, drawable, proportion
 from studies.tasks.scores_bigbench import bigbench
 from studies.tasks.scores_chair import chair, read_caption
 from studies.tasks.scores_chef import bins, ece, mr, riam, rr, rrm
@@ -15,6 +15,8 @@ from studies.tasks.scores_mmevalpro import PARTS, mmevalpro
 from studies.tasks.scores_pope import asked_object, auroc, parse_yes_no, pope
 from studies.tasks.scores_text import exact_match, vqa_accuracy, vqa_answer, vqa_item
 from studies.tasks.vocabulary import Vocabulary, coco, singular
+from studies.telling import above, below, bracketed, ranged
+from studies.work import interval, share
 from tests.oracles.scores import area_by_pairs, ece_by_hand, vqa_by_subsets
 
 
@@ -68,13 +70,37 @@ def test_vqa_accuracy_of_few_people_and_the_published_reading():
 CHOICES = {
     "B": 1, "(b)": 1, "B. blue": 1, "The answer is C.": 2, "Answer: A": 0, "blue": 1, "It is the blue one": 1, "red or blue": None, "": None,
     "E": None, "A hot dog": 3, "A dog, I think": 2, "the answer is a dog": 2,
+    # several, or a denial
+    "A or B": None, "Option A or option B": None, "Neither A nor B.": None, "The answer is not B.": None, "It is not red": None,
+    "The answer is B or C": None, "A, B": None, "B rather than C": None, "(B) is not right": None, "I don't think that it is red": None,
+    "There is no dog": None, "A. red B. blue": None, "B is wrong, and so is C": None, "The answer is A or B.": None, "B/C": None,
+    # denials of something else
+    "B. It is not red": 1, "The answer is B, because it is not C.": 1, "No, it is red": 0, "B, as nothing is not blue": 1,
+    # Markdown
+    "**B**": 1, "the answer is: **B**": 1, "**Answer:** `C`": 2, "### B": 1, "_blue_": 1, "**B.** blue": 1, "It is **not** red": None,
+    "B, I think": 1, "B. A dog": 1, "**Option B** or **option C**": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", CHOICES)
 def test_an_answer_names_an_option_or_none(text):
     assert parse_choice(text, ["red", "blue", "dog", "hot dog"]) == CHOICES[text]
-    assert len(CHOICES) == 13
+    assert len(CHOICES) == 42
+
+
+def test_what_an_option_says_itself_is_no_letter_and_no_denial():
+    options = ["Vitamin D", "Vitamin C", "not enough light", "none of these"]
+    assert parse_choice("B. Vitamin C", options) == 1
+    assert parse_choice("It is vitamin C.", options) == 1
+    assert parse_choice("C) not enough light", options) == 2
+    assert parse_choice("There is not enough light", options) == 2
+    assert parse_choice("None of these is right", options) == 3
+    assert [parse_choice(text, ["yes", "no"]) for text in ("No it is not there", "no", "There is no", "yes or no")] == [
+        1,
+        1,
+        1,
+        None,
+    ]
 
 
 def test_without_letters_a_letter_is_a_word():
@@ -97,14 +123,17 @@ PARSED = {  # text: (what is said, what the published parser takes it for)
     "Yes": ("yes", "yes"), "yes, there is": ("yes", "yes"), "No": ("no", "no"), "no.": ("no", "no"), "There is not a dog": ("no", "no"),
     "nothing": ("no", "yes"), "": ("unknown", "yes"), "banana": ("unknown", "yes"), "There isn't any": ("no", "yes"),
     "There is a dog. No cat.": ("yes", "yes"), "NO": ("no", "yes"), "I cannot see one": ("no", "yes"), "well yes and not": ("unknown", "no"),
-    "No, there is": ("no", "no"),
+    "No, there is": ("no", "no"), "1. Yes": ("yes", "yes"), "1) No.": ("no", "no"), "- Yes": ("yes", "yes"), "there's a dog": ("yes", "yes"),
+    "There\u2019s one": ("yes", "yes"), "It is not clear": ("unknown", "no"), "I am not sure": ("unknown", "no"), "I can't tell": ("unknown", "yes"),
+    "It cannot be determined": ("unknown", "yes"), "It isn't entirely clear": ("unknown", "yes"), "There is no way to tell": ("unknown", "no"),
+    "There is not a clear dog": ("no", "no"), "The dog is not visible": ("no", "no"), "**Yes**": ("yes", "yes"), "2 dogs": ("unknown", "yes"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", PARSED)
 def test_yes_and_no_are_told_apart(text):
     assert (parse_yes_no(text), parse_yes_no(text, "official")) == PARSED[text]
-    assert len(PARSED) == 14
+    assert len(PARSED) == 29
 
 
 def test_pope_by_hand():
@@ -154,6 +183,27 @@ def test_golden_captions():
     assert coco().objects(["Hot Dogs"], ["a puppy"]) == {"hot dog", "dog"}
 
 
+CAPTIONS = {
+    "a baseball player": ["person"], "a baseball game": [], "a basketball court": [], "a football stadium": [], "a volleyball match and a ball": ["sports ball"],
+    "two baseball players with baseball bats and a baseball": ["person", "baseball bat", "sports ball"], "baseball teams": [],
+    "a table tennis racket": ["tennis racket"], "a game of table tennis": [], "a TV screen": ["tv"], "a computer monitor": ["tv"],
+    "a laptop screen": ["laptop"], "a desk chair": ["chair"], "a desk, chair and computer": ["dining table", "chair", "laptop"],
+    "a computer desk": ["dining table"], "a baby girl": ["person"], "a man, woman and child": ["person"] * 3, "a hot, dog": ["dog"],
+    "a teddy bear, bear cub": ["teddy bear", "bear"], "the dog's puppy": ["dog"], "a television and a TV": ["tv", "tv"], "a stop-sign": ["stop sign"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_what_a_caption_mentions(caption):
+    assert [m.name for m in coco().mentions(caption)] == CAPTIONS[caption]
+    assert len(CAPTIONS) == 22
+
+
+def test_names_side_by_side_are_one_mention_with_all_their_words():
+    (found,) = coco().mentions("on the TV screen")
+    assert (found.words, found.at) == ("tv screen", 2)
+
+
 def test_a_vocabulary_of_ones_own():
     own = Vocabulary({"circle": ["ring", "disc"], "digit": ["number"]}, {"key ring": None})
     assert [m.name for m in own.mentions("rings, a key ring, and numbers")] == ["circle", "digit"]
@@ -174,8 +224,22 @@ def test_triplets():
     assert value["CG"] == pytest.approx(value["OA"] - value["GA"])
     assert value["CG"] >= 0
     assert value["AA"] == pytest.approx((value["OA"] + value["PA"] + value["KA"]) / 3)
+    again = [np.random.default_rng(k).choice(200, 200) for k in range(400)]  # triplets drawn with all their questions
+    shares = np.array([right for _, _, right in rows], float).reshape(200, 3).mean(1)
+    low, high = np.percentile([shares[draw].mean() for draw in again], [2.5, 97.5])
+    assert (found.scores["AA"].low, found.scores["AA"].high) == pytest.approx((low, high), abs=0.01)
     none = mmevalpro([("1", "Origin", False), ("1", "Perception", True), ("1", "Knowledge", True)]).scores
     assert none["PC"].value is none["KC"].value is None
+    assert mmevalpro([]).scores["AA"].value is None
+
+
+def test_questions_of_one_triplet_are_not_independent():
+    """Where all three of a triplet are right, or none, there are 30 observations and not 90."""
+    found = mmevalpro([(str(t), part, t % 2 == 0) for t in range(30) for part in PARTS]).scores
+    low, high = wilson(15, 30)
+    assert (found["AA"].numerator, found["AA"].denominator, found["AA"].n) == (45, 90, 30)
+    assert found["AA"].high - found["AA"].low == pytest.approx(high - low, abs=0.04)
+    assert found["AA"].high - found["AA"].low > 1.5 * (wilson(45, 90)[1] - wilson(45, 90)[0])
 
 
 @pytest.mark.parametrize("n", [3, 10, 23, 40])
@@ -222,3 +286,38 @@ def test_paired_comparisons():
     assert float(found.value) == pytest.approx(4 / 7)
     assert found.low <= found.value <= found.high
     assert np.isnan(paired_difference(np.array([np.nan]), np.array([1.0])).value)
+
+
+def test_where_all_draws_agree_there_is_no_interval():
+    found = pope(["yes"] * 3 + ["no"] * 2, [True] * 3 + [False] * 2)
+    assert (found["f1"].value, found["f1"].low, found["f1"].high) == (1.0, None, None)
+    assert (found["accuracy"].low, found["accuracy"].high) == wilson(5, 5)  # a proportion has one all the same
+    apart = auroc([0.9] * 5 + [0.1] * 5, [True] * 5 + [False] * 5)
+    assert (apart.value, apart.low, apart.high) == (1.0, None, None)
+    assert average("x", [0.3, 0.3, 0.3]).low is None
+    assert ends(0.1 + 0.2, 0.3) == (None, None)  # rounding is no spread
+    assert ends(0.3, 0.31) == (0.3, 0.31)
+    drawn = drawable({"f1": found["f1"].as_dict(), "gone": None})
+    assert drawn["f1"]["value"] == 1.0
+    assert np.isnan(drawn["f1"]["low"])
+
+
+def test_reports_say_that_there_is_no_interval():
+    same, spread = interval(np.zeros(8)), interval(np.array([0.0, 1.0] * 8))
+    assert bracketed(same, "+.2f") == "+0.00 [no interval: all draws agree]"
+    assert ranged({"value": 0.5, "low": 0.5, "high": 0.5}, ".1f") == "0.5 (no interval: all draws agree)"
+    assert bracketed(interval(np.array([0.7])), ".1f") == "0.7 [no interval: one item]"
+    assert ranged({"value": 0.5, "low": 0.25, "high": 0.75}, ".2f") == "0.50 (0.25 to 0.75)"
+    assert spread["low"] < 0.5 < spread["high"]
+    assert [above(interval(np.ones(n))) for n in (1, 5, 6)] == [False, False, True]
+    assert [below(interval(-np.ones(n))) for n in (5, 6)] == [False, True]
+    assert [above(same), below(same), above(spread), above(spread, 0.5)] == [False, False, True, False]
+    assert not above({"value": None, "low": None, "high": None})
+
+
+def test_shares_at_the_edge_have_an_interval():
+    for hits in (0, 24):
+        found = share(np.array([1.0] * hits + [0.0] * (24 - hits)))
+        assert (found["value"], found["low"], found["high"], found["n"]) == (hits / 24, *wilson(hits, 24), 24)
+    parts = np.array([0.5, 1.0, np.nan])  # two phrases of one scene: no proportion
+    assert share(parts) == interval(parts)

@@ -13,9 +13,12 @@ from studies.tasks.readers.base import (
     Entry,
     Found,
     collect,
+    in_turn,
     json_lines,
+    list_in,
     medium,
-    read_json,
+    numbered,
+    read_object,
     table_rows,
     text_of,
     the_file,
@@ -32,16 +35,16 @@ def human_answers(example: Example) -> tuple[str, ...]:
 def pope(path: Path, limit: int | None = None) -> Found:
     """POPE: lines of `question_id image text label`, as in `coco_pope_random.json` (which is JSONL), one file for each split.
 
-    A folder may hold all three; the split is read off a file's name. Pictures (`COCO_val2014_...jpg`) lie beside the file, or in
+    A folder may hold all three; the split is read off a file's name, and lines are taken from the files in turn, so that a limit keeps
+    all splits. Pictures (`COCO_val2014_...jpg`) lie beside the file, or in
     `val2014`, `images` or `coco/val2014`.
     """
     files = the_files(path, "*pope*.json*", "*.jsonl", "*.json")
 
-    def entries() -> Iterator[Entry]:
-        for file in files:
-            split = next((name for name in SPLITS if name in file.stem), "")
-            for where, fields in json_lines(file):
-                yield where, fields if isinstance(fields, Exception) else {**fields, "split": split, "root": file.parent}
+    def entries(file: Path) -> Iterator[Entry]:
+        split = next((name for name in SPLITS if name in file.stem), "")
+        for where, fields in json_lines(file):
+            yield where, fields if isinstance(fields, Exception) else {**fields, "split": split, "root": file.parent}
 
     def make(where: str, fields: dict[str, Any]) -> Example:
         answer = text_of(fields, "label").lower()
@@ -61,7 +64,7 @@ def pope(path: Path, limit: int | None = None) -> Found:
             tags={k: v for k, v in tags.items() if v},
         )
 
-    return collect(str(path), entries(), make, files, limit)
+    return collect(str(path), in_turn(map(entries, files)), make, files, limit)
 
 
 def gqa(path: Path, limit: int | None = None) -> Found:
@@ -71,9 +74,7 @@ def gqa(path: Path, limit: int | None = None) -> Found:
     structural and the semantic type, `detail` the detailed one.
     """
     file = the_file(path, "*questions*.json")
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise DataError(f"{file} is not an object of questions by id")
+    found = read_object(file, "questions by id")
 
     def make(where: str, fields: dict[str, Any]) -> Example:
         picture = medium(file.parent, ("images", "allImages/images"), f"{text_of(fields, 'imageId')}.jpg")
@@ -84,7 +85,11 @@ def gqa(path: Path, limit: int | None = None) -> Found:
             tags={key: str(value) for key, value in tags.items() if value},
         )  # fmt: skip
 
-    return collect(str(path), ((f"question {key}", value) for key, value in found.items()), make, [file], limit)
+    entries = (
+        (f"question {key}", value if isinstance(value, dict) else DataError("it is not a JSON object"))
+        for key, value in found.items()
+    )
+    return collect(str(path), entries, make, [file], limit)
 
 
 def vqav2(path: Path, limit: int | None = None) -> Found:
@@ -95,12 +100,14 @@ def vqav2(path: Path, limit: int | None = None) -> Found:
     is the annotators' most frequent one; all ten are in `human_answers`.
     """
     file = the_file(path, "*uestions.json")
-    asked = read_json(file)
+    asked = read_object(file, "questions")
+    questions = list_in(file, asked, "questions")
     subtype = asked.get("data_subtype", "val2014")
     notes = next(iter(sorted(file.parent.glob(f"*{subtype}*nnotations.json"))), None)
     if notes is None:
         raise DataError(f"no *{subtype}*annotations.json lies beside {file}: the answers are in it")
-    told = {note.get("question_id"): note for note in read_json(notes)["annotations"]}
+    listed = list_in(notes, read_object(notes, "annotations"), "annotations")
+    told = {note.get("question_id"): note for note in listed if isinstance(note, dict)}
 
     def make(where: str, fields: dict[str, Any]) -> Example:
         number = fields["question_id"]
@@ -118,8 +125,7 @@ def vqav2(path: Path, limit: int | None = None) -> Found:
             tags={key: str(value) for key, value in tags.items() if value},
         )  # fmt: skip
 
-    entries = ((f"question {item.get('question_id', f'number {i}')}", item) for i, item in enumerate(asked["questions"]))
-    return collect(str(path), entries, make, [file, notes], limit)
+    return collect(str(path), numbered(questions, "question"), make, [file, notes], limit)
 
 
 def clotho_aqa(path: Path, limit: int | None = None) -> Found:

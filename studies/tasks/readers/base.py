@@ -102,6 +102,42 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
+def read_object(path: Path, holds: str) -> dict[str, Any]:
+    """A JSON file that is an object; `holds` says of what, as in "questions by id". Raises DataError where it is none."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not an object of {holds}")
+    return found
+
+
+def list_in(path: Path, found: Mapping[str, Any], name: str) -> list[Any]:
+    """A list that an object of a file must hold. Raises DataError where it does not."""
+    if not isinstance(found.get(name), list):
+        raise DataError(f"{path} has no list {name!r}")
+    listed: list[Any] = found[name]
+    return listed
+
+
+def numbered(items: Iterable[Any], kind: str, key: str = "question_id") -> Iterator[Entry]:
+    """Each item under its id, or its number where it has none; one that is no object is an error in its place."""
+    for i, item in enumerate(items):
+        if isinstance(item, dict):
+            yield f"{kind} {item.get(key, f'number {i}')}", item
+        else:
+            yield f"{kind} number {i}", DataError("it is not a JSON object")
+
+
+def in_turn(files: Iterable[Iterable[Entry]]) -> Iterator[Entry]:
+    """One entry of each file in turn, so that the first of them are of all files alike; a file that is at its end is passed over."""
+    left = [iter(file) for file in files]
+    while left:
+        for file in list(left):
+            try:
+                yield next(file)
+            except StopIteration:
+                left.remove(file)
+
+
 def json_lines(path: Path) -> Iterator[Entry]:
     """Each line of a JSONL file as an object; a broken line is an error in its place."""
     with path.open("rb") as file:
@@ -177,13 +213,13 @@ def text_of(fields: Mapping[str, Any], name: str) -> str:
     return str(value).strip()
 
 
-def answer_of(options: Sequence[str], answer: Any) -> str:
-    """The option that a letter, a number, or its own text says is right. Raises DataError where it says none."""
+def answer_index(options: Sequence[str], answer: Any) -> int:
+    """Which option a letter, a number, or its own text says is right. Raises DataError where it says none."""
     told = str(answer).strip()
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return options[answer]
+        return answer
     if told.upper().strip("().") in LETTERS[: len(options)] and len(told.strip("().")) == 1:
-        return options[LETTERS.index(told.upper().strip("()."))]
+        return LETTERS.index(told.upper().strip("()."))
     if told in options:
-        return told
+        return options.index(told)
     raise DataError(f"its answer {told!r} is none of its {len(options)} options")

@@ -6,6 +6,7 @@ from binascii import Error as Base64Error
 from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from studies.tasks.readers.base import (
     LETTERS,
     Entry,
     Found,
-    answer_of,
+    answer_index,
     collect,
     json_lines,
     lettered,
+    list_in,
     medium,
+    numbered,
     parquet_rows,
     read_json,
+    read_object,
     table_rows,
     text_of,
     the_file,
@@ -38,7 +42,7 @@ def _asked(name: str, question: str, options: Sequence[str], answer: Any, tags: 
     if len(options) < 2:
         raise DataError(f"it offers {len(options)} options, and a choice needs two")
     return Example(
-        name, question, answer=answer_of(options, answer), choices=tuple(options), options=lettered(options), suffix=LETTER_SUFFIX,
+        name, question, answer=options[answer_index(options, answer)], choices=tuple(options), options=lettered(options), suffix=LETTER_SUFFIX,
         tags={key: str(value) for key, value in tags.items() if value not in (None, "")}, **rest,
     )  # fmt: skip
 
@@ -52,8 +56,11 @@ def seed_bench(path: Path, limit: int | None = None) -> Found:
     video (`segment`) is named and left out: no reader here cuts videos.
     """
     file = the_file(path, "SEED*.json", "*.json")
-    found = read_json(file)
-    names = {number: name for name, number in found.get("question_type", {}).items()}
+    found = read_object(file, "questions")
+    questions, kinds = list_in(file, found, "questions"), found.get("question_type", {})
+    if not isinstance(kinds, dict):
+        raise DataError(f"{file}: its question_type is no object of numbers by name")
+    names = {str(number): name for name, number in kinds.items()}
 
     def make(where: str, fields: dict[str, Any]) -> Example:
         options = [text_of(fields, f"choice_{letter}") for letter in "abcd"]
@@ -62,14 +69,13 @@ def seed_bench(path: Path, limit: int | None = None) -> Found:
             raise DataError("it asks about a part of a video, which is not cut out here")
         files = [_seed_file(file.parent, str(name)) for name in shown]
         moving = [one for one in files if one.suffix.lower() in _VIDEOS]
-        tags = {"kind": names.get(fields.get("question_type_id")), "group": fields.get("data_type")}
+        tags = {"kind": names.get(str(fields.get("question_type_id"))), "group": fields.get("data_type")}
         return _asked(
             text_of(fields, "question_id"), text_of(fields, "question").replace("<img>", "the picture"), options, text_of(fields, "answer"), tags,
             images=tuple(one for one in files if one not in moving), videos=tuple(moving),
         )  # fmt: skip
 
-    entries = ((f"question {item.get('question_id', f'number {i}')}", item) for i, item in enumerate(found["questions"]))
-    return collect(str(path), entries, make, [file], limit)
+    return collect(str(path), numbered(questions, "question"), make, [file], limit)
 
 
 def _seed_file(root: Path, name: str) -> Path:
@@ -86,7 +92,8 @@ def mmbench(path: Path, limit: int | None = None) -> Found:
     """MMBench: a TSV of `index question hint A B C D answer category l2-category split image`, pictures in base64.
 
     A cell of a picture that is no longer than 64 characters is the index of the row whose picture it shares, as in the circular files.
-    A hint stands before the question. Empty options are not offered; rows without an answer (the test split) are named.
+    A hint stands before the question. Empty options are not offered, and the letter of the answer is that of the column, whichever are empty;
+    rows without an answer (the test split), or whose answer is an empty option, are named.
     """
     file = the_file(path, "*.tsv")
     pictures: dict[str, str] = {}
@@ -96,7 +103,9 @@ def mmbench(path: Path, limit: int | None = None) -> Found:
         pictures[number] = pictures[cell] if len(cell) <= 64 and cell in pictures else cell
         if len(pictures[number]) <= 64:
             raise DataError(f"its picture is that of row {cell}, which is not there")
-        options = [row[letter].strip() for letter in LETTERS if row.get(letter, "").strip() not in ("", "nan")]
+        options, right = _offered(
+            [row[letter].strip() for letter in takewhile(row.__contains__, LETTERS)], text_of(row, "answer")
+        )
         hint = row.get("hint", "").strip()
         tags = {
             "kind": row.get("category"),
@@ -104,11 +113,19 @@ def mmbench(path: Path, limit: int | None = None) -> Found:
             "split": row.get("split"),
         }
         return _asked(
-            number, text_of(row, "question"), options, text_of(row, "answer"), tags, context="" if hint == "nan" else hint,
+            number, text_of(row, "question"), options, right, tags, context="" if hint == "nan" else hint,
             images=(partial(_from_base64, pictures[number], number),),
         )  # fmt: skip
 
     return collect(str(path), table_rows(file, "\t"), make, [file], limit)
+
+
+def _offered(cells: Sequence[str], answer: str) -> tuple[list[str], int]:
+    """The options that are not empty, and which of them is right: the letter counts the empty ones as well."""
+    right = answer_index(cells, answer)
+    if not cells[right]:
+        raise DataError(f"its answer {answer!r} is an empty option")
+    return [cell for cell in cells if cell], sum(bool(cell) for cell in cells[:right])
 
 
 def _from_base64(text: str, name: str) -> Image.Image:
@@ -170,14 +187,19 @@ def scienceqa(path: Path, limit: int | None = None, split: str = "test") -> Foun
     `group` text.
     """
     file = the_file(path, "problems.json")
-    problems = read_json(file)
+    problems = read_object(file, "problems by id")
     listed = file.parent / "pid_splits.json"
-    ids = read_json(listed).get(split, []) if listed.is_file() else [i for i, p in problems.items() if p.get("split") == split]
+    if listed.is_file():
+        ids = list_in(listed, read_object(listed, "ids by split"), split)
+    else:
+        ids = [i for i, p in problems.items() if isinstance(p, dict) and p.get("split") == split]
 
     def make(where: str, number: str) -> Example:
         if number not in problems:
             raise DataError(f"{file.name} does not hold it")
         fields = problems[number]
+        if not isinstance(fields, dict):
+            raise DataError("it is not a JSON object")
         shown = f"{split}/{number}/{fields['image']}" if fields.get("image") else ""
         pictures = (medium(file.parent, ("images",), shown),) if shown else ()
         tags = {
@@ -230,8 +252,23 @@ def _video_entries(file: Path) -> Iterator[Entry]:
     elif file.suffix == ".jsonl":
         yield from json_lines(file)
     else:
-        for i, item in enumerate(read_json(file)):
-            shared = {key: value for key, value in item.items() if key != "questions"}
-            for fields in item.get("questions", [{}]):
-                row = {**shared, **fields}
-                yield f"question {row.get('question_id', f'of entry {i}')}", row
+        found = read_json(file)
+        if not isinstance(found, list):
+            raise DataError(f"{file} is not a list of questions, or of videos with theirs")
+        for where, item in numbered(found, "entry"):
+            yield from _of_video(where, item)
+
+
+def _of_video(where: str, item: Any) -> Iterator[Entry]:
+    """The questions of one entry, which is a question itself where it holds none."""
+    if isinstance(item, Exception):
+        yield where, item
+        return
+    shared = {key: value for key, value in item.items() if key != "questions"}
+    asked = item.get("questions", [{}])
+    for fields in asked if isinstance(asked, list) else [asked]:
+        if not isinstance(fields, dict):
+            yield where, DataError("its questions are not JSON objects")
+            continue
+        row = {**shared, **fields}
+        yield f"question {row['question_id']}" if "question_id" in row else f"a question of {where}", row

@@ -1,0 +1,282 @@
+"""Does compression save the time that its FLOPs promise, and what does choosing cost?
+
+Everything is measured side by side in one process on a LLaVA-shaped model with random weights, taking turns. Compared is what comes after the vision
+tower, choosing included: the measured time of a smaller model over the dense model's time in the same round, and that over the same ratio of FLOPs
+in closed form. The tower runs in both and is left out: with it every ratio would look better. Beside it stand the time that every reducer takes to
+choose, as a share of that dense time; the bytes of real caches, against the formula; and the time that Wanda takes, over that of the forward
+passes that it makes.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from compress.budget import Budget
+from compress.calibration import Calibration
+from compress.cost import cost
+from compress.latency import Timed, ratio, take_turns
+from compress.passes import METHODS
+from compress.passes.base import Pass
+from compress.passes.layers import RemoveLayers
+from compress.passes.prune import Prune
+from compress.passes.tokens import Tokens
+from compress.passes.width import Width
+from compress.recipe import compress
+from compress.smaller import Smaller
+from compress.tokens.choice import Seen
+from probe.backends.twin import twin
+from probe.errors import PassError
+from probe.example import Example
+from probe.subject import Encoded, Subject
+from probe.tracing import last_logits
+from studies.run import Run
+from studies.speed import interleaved
+from studies.study import Summary, progress, study
+
+SCHEMA = pa.schema([
+    ("what", pa.string()), ("name", pa.string()), ("round", pa.int32()), ("phase", pa.string()), ("ms", pa.float64()),
+])  # fmt: skip
+# Goals: measured over predicted time, choosing over the dense model's reading, and Wanda over its forward passes.
+PROMISED, CHOOSING, WANDA = 1.15, 0.05, 1.2
+TURNS = 6  # of Wanda and its forward passes: the fewest that give an interval
+
+
+@study
+def compressing(
+    *,
+    layers: int = 16,
+    width: int = 512,
+    heads: int = 8,
+    kv_heads: int = 8,
+    ffn: int = 1376,
+    vocabulary: int = 2000,
+    image_side: int = 24,
+    question: int = 24,
+    keep: float = 0.25,
+    rounds: int = 9,
+    examples: int = 4,
+    out: Path | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    quiet: bool = False,
+) -> Summary:
+    """Does compression save the time that its FLOPs promise, and what does choosing cost?
+
+    The sizes are those of the study `speed`. `keep` is the share of visual tokens that stay; `rounds` how often everything takes its turn;
+    `examples` how many prompts Wanda is calibrated on (0 leaves it out).
+    """
+    from studies.speed_model import example, llava_shaped, placed
+
+    target, kind = placed(device, dtype)
+    sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
+             "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
+    asked = {**sizes, "keep": keep, "rounds": rounds, "examples": examples, "seed": seed}
+    run = Run.open(out, "compressing", asked, {"name": "random"}, SCHEMA)
+    subject = llava_shaped(layers, width, heads, kv_heads, ffn, vocabulary, image_side, target, kind, seed)
+    encoded = subject.encode(example(image_side, question))
+    promised, records = _promised(subject, encoded, layers, keep, rounds, quiet)
+    chosen, more = _chosen(subject, encoded, keep, rounds, quiet)
+    clips, most = _clips(subject, image_side, keep, rounds, quiet)
+    dense = [one.prefill - one.vision for one in more["dense"]]
+    summary: Summary = {
+        "run": str(run.folder), "n_positions": len(encoded.maps[0]), "n_visual": image_side**2, **asked, "promised": promised,
+        "choosing": chosen | {name: _held(most[name], [float(np.median(dense))] * rounds, CHOOSING) for name in clips},
+    }  # fmt: skip
+    calibrated = _calibrated(subject, example(image_side, question), examples, quiet) if examples else None
+    summary["wanda_over_forwards"] = calibrated
+    every = [*promised.values(), *summary["choosing"].values(), *([calibrated] if calibrated else [])]
+    summary["goals_met"] = all(row["verdict"] != "missed" for row in every)
+    rows = [*_rows("promised", records), *_rows("choosing", more)]
+    rows += [
+        {"what": "choosing", "name": name, "round": i, "phase": "selector", "ms": ms}
+        for name, series in most.items() for i, ms in enumerate(series)
+    ]  # fmt: skip
+    run.write("all", rows)
+    run.finish(summary, _report(summary))
+    if not quiet:
+        print(_table(summary), file=sys.stderr)
+    return summary
+
+
+def _rows(what: str, found: Mapping[str, list[Timed]]) -> list[dict[str, Any]]:
+    return [
+        {"what": what, "name": name, "round": i, "phase": phase, "ms": ms}
+        for name, series in found.items() for i, one in enumerate(series)
+        for phase, ms in {**vars(one), "after the tower": one.prefill - one.vision}.items()
+    ]  # fmt: skip
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def passes(n_layers: int, keep: float) -> dict[str, Pass]:
+    """What must keep its promise: tokens dropped inside and before the decoder, layers, and half of all heads and neurons."""
+    quarter = tuple(range(n_layers // 2, n_layers // 2 + max(1, n_layers // 4)))
+    return {
+        f"fastv {keep:g} at {min(2, n_layers - 1)}": Tokens(method="fastv", budget=Budget(keep=keep)),
+        f"divprune {keep:g}": Tokens(method="divprune", budget=Budget(keep=keep)),
+        f"without {len(quarter)} layers": RemoveLayers(layers=quarter), "width 0.5": Width(heads=0.5, neurons=0.5, score="magnitude"),
+    }  # fmt: skip
+
+
+@contextmanager
+def smaller(subject: Subject, one: Pass) -> Iterator[Smaller]:
+    """The model with one pass applied: its structure copied, its weights shared (what is cut out of them is a copy)."""
+    copy = Smaller(twin(subject.model), subject.processor, subject.anatomy, subject.name, subject.checks)
+    made = compress(copy, [one], in_place=True)
+    try:
+        yield made
+    finally:
+        made.detach()
+
+
+def _promised(
+    subject: Subject, encoded: Encoded, n_layers: int, keep: float, rounds: int, quiet: bool
+) -> tuple[dict[str, Any], dict[str, list[Timed]]]:
+    """For every pass: time and FLOPs over the dense model's, one over the other, and whether caches are as large as the formula says."""
+    records: dict[str, list[Timed]] = {}
+    found: dict[str, Any] = {}
+    every = passes(n_layers, keep)
+    with progress("reading the prompt", len(every) * (rounds + 2), quiet, "rounds") as advance:
+        for name, one in every.items():
+            with smaller(subject, one) as made:
+                times = take_turns({"dense": (subject, [encoded]), name: (made, [encoded])}, rounds, 1, advance=advance)
+                records |= {f"dense beside {name}": times["dense"], name: times[name]}
+                share = _after(made, encoded) / _after(subject, encoded)
+                this, dense = ([t.prefill - t.vision for t in times[who]] for who in (name, "dense"))
+                found[name] = {
+                    "flops_ratio": share, "time_ratio": ratio(this, dense).value,
+                    **_held(this, [share * ms for ms in dense], PROMISED), "whole_prefill_ratio": ratio(
+                        [t.prefill for t in times[name]], [t.prefill for t in times["dense"]]
+                    ).value, "kv_exact": cached(made, encoded) == list(cost(made, encoded).kv_bytes),
+                }  # fmt: skip
+    return found, records
+
+
+def _after(subject: Subject, encoded: Encoded) -> float:
+    """Multiply-adds of what comes after the tower."""
+    macs = cost(subject, encoded).macs
+    return sum(macs[phase] or 0.0 for phase in ("selector", "prefill", "head"))
+
+
+def cached(subject: Subject, encoded: Encoded) -> list[int]:
+    """Bytes of every layer's real cache after the prompt."""
+    with subject.lock, torch.no_grad():
+        made = subject.model(**encoded.inputs, use_cache=True, logits_to_keep=1)
+    return [layer.keys.nbytes + layer.values.nbytes for layer in made.past_key_values.layers]
+
+
+def _held(these: list[float], base: list[float], goal: float) -> dict[str, Any]:
+    """A ratio with its interval against a goal: `met`, `missed`, or `within noise` of it."""
+    found = ratio(these, base)
+    low, high = (float("-inf") if found.low is None else found.low), (float("inf") if found.high is None else found.high)
+    verdict = "met" if high <= goal else "missed" if low > goal else "within noise"
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "goal": goal, "verdict": verdict}
+
+
+def _calibrated(subject: Subject, one: Example, count: int, quiet: bool) -> dict[str, Any]:
+    """Wanda's plan over its forward passes: every layer runs twice, once to see what enters it, and once pruned."""
+    calibration = Calibration(tuple(replace(one, id=str(i)) for i in range(count)), answers=False, batch=1)
+    batches = calibration.encoded(subject)
+
+    def forwards() -> None:
+        for _ in range(2):
+            for encoded in batches:
+                last_logits(subject, encoded)
+
+    plan = partial(Prune(sparsity=0.5).plan, subject, {"calibration": calibration})
+    seconds = interleaved({"wanda": plan, "forwards": forwards}, TURNS, subject.device, quiet)
+    return _held(seconds["wanda"], seconds["forwards"], WANDA)
+
+
+def _chosen(
+    subject: Subject, encoded: Encoded, keep: float, rounds: int, quiet: bool
+) -> tuple[dict[str, Any], dict[str, list[Timed]]]:
+    """The share of the dense model's reading (after the tower) that every reducer of pictures takes to choose."""
+    with ExitStack() as stack:
+        models: dict[str, Subject] = {"dense": subject}
+        for name, method in METHODS.items():
+            one = Tokens(method=name, budget=Budget(keep=keep), layer=min(2, subject.n_layers - 1) if method.layer else 0)
+            if not _of_clips(name):
+                models[name] = stack.enter_context(smaller(subject, one))
+        with progress("choosing", rounds + 2, quiet, "rounds") as advance:
+            times = take_turns({k: (m, [encoded]) for k, m in models.items()}, rounds, 1, advance=advance)
+    dense = [t.prefill - t.vision for t in times["dense"]]
+    return {
+        name: _held([t.selector for t in found], dense, CHOOSING) for name, found in times.items() if name != "dense"
+    }, times  # fmt: skip
+
+
+def _of_clips(name: str) -> bool:
+    return METHODS[name].choose.__module__.endswith(".frames")
+
+
+def _clips(
+    subject: Subject, side: int, keep: float, rounds: int, quiet: bool
+) -> tuple[list[str], dict[str, list[float]]]:  # fmt: skip
+    """Milliseconds of the reducers of clips by themselves, on as many states as the picture has, in four frames."""
+    half = max(2, side // 2)
+    n = 4 * half * half
+    states = torch.randn(n, subject.config.get_text_config().hidden_size, device=subject.device, dtype=subject.dtype)
+    seen = Seen(states, states[:8], (4, half, half), 0, subject.n_layers, "video")
+    names = [name for name in METHODS if _of_clips(name)]
+    timed: dict[str, Callable[[], Any]] = {}
+    for name in names:
+        try:
+            METHODS[name].choose(seen, round(keep * n))
+        except PassError:
+            continue
+        timed[name] = partial(METHODS[name].choose, seen, round(keep * n))
+    seconds = interleaved(timed, rounds, subject.device, quiet)
+    return list(seconds), {name: [1e3 * one for one in values] for name, values in seconds.items()}
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    head = f"{summary['n_positions']} positions, {summary['n_visual']} of them visual, {summary['layers']} layers, width {summary['width']}, "
+    lines = [
+        head + f"{summary['dtype']} on {summary['device']}",
+        "",
+        f"{'after the tower':<28}{'FLOPs':>8}{'time':>8}{'time / promised':>28}   goal 1.15",
+    ]
+    for name, row in summary["promised"].items():
+        told = f"{row['value']:.3f} {_between(row, '.3f')}"
+        exact = "caches as the formula" if row["kv_exact"] else "CACHES DIFFER FROM THE FORMULA"
+        lines.append(f"{name:<28}{row['flops_ratio']:>8.3f}{row['time_ratio']:>8.3f}{told:>28}   {row['verdict']}; {exact}")
+    if row := summary["wanda_over_forwards"]:
+        told = f"{row['value']:.3f} {_between(row, '.3f')}"
+        lines += [
+            "",
+            f"{'wanda / its forward passes':<28}{told:>44}   {row['verdict']} (goal 1.2, {summary['examples']} prompts)",
+        ]
+    lines += ["", f"{'choosing':<28}{'share of the dense reading':>44}   goal 5 %"]
+    for name, row in sorted(summary["choosing"].items(), key=lambda one: -one[1]["value"]):
+        told = f"{row['value']:.2%} {_between(row, '.2%')}"
+        lines.append(f"{name:<28}{told:>44}   {row['verdict']}")
+    return "\n".join(lines)
+
+
+def _between(row: Mapping[str, Any], form: str) -> str:
+    return "" if row["low"] is None else f"[{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def _report(summary: Mapping[str, Any]) -> str:
+    missed = ["wanda"] if (summary["wanda_over_forwards"] or {}).get("verdict") == "missed" else []
+    missed += [name for part in ("promised", "choosing") for name, row in summary[part].items() if row["verdict"] == "missed"]
+    said = "No goal is surely missed." if not missed else f"Surely missed: {', '.join(missed)}."
+    return (
+        f"# Compressing\n\n*Does compression save the time that its FLOPs promise, and what does choosing cost?*\n\n{said} Medians of ratios within a "
+        f"round, all models taking turns in one process, with intervals by order statistics. Compared is what comes after the vision tower, choosing "
+        f"included. A goal is met where the whole interval keeps it, missed where none of it does.\n\n```\n{_table(summary)}\n```\n"
+    )

@@ -1,0 +1,45 @@
+"""The study of compression's speed, at toy size: what it says, not how fast it is."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.passes import METHODS
+from studies.cli import app
+from studies.compressing import _held
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compressing") / "r"
+    sizes = "--layers 2 --width 32 --heads 2 --kv-heads 2 --ffn 64 --vocabulary 600 --image-side 4 --question 4 --rounds 2 --examples 1"
+    asked = ["study", "compressing", *sizes.split(), "--out", str(folder), "--device", "cpu", "--json", "--quiet"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_every_promise_and_every_reducer_is_measured(found):
+    folder, said = found
+    assert list(said["promised"]) == ["fastv 0.25 at 1", "divprune 0.25", "without 1 layers", "width 0.5"]
+    for row in said["promised"].values():
+        assert row["kv_exact"]
+        assert 0 < row["flops_ratio"] < 1
+        assert row["value"] > 0
+        assert row["goal"] == 1.15
+    assert said["promised"]["without 1 layers"]["flops_ratio"] == pytest.approx(0.5, abs=0.05)
+    assert set(said["choosing"]) == set(METHODS)
+    assert all(row["value"] > 0 and row["goal"] == 0.05 for row in said["choosing"].values())
+    assert said["wanda_over_forwards"]["value"] > 1
+    report = (folder / "report.md").read_text()
+    assert all(name in report for name in METHODS)
+    assert "DIFFER" not in report
+
+
+def test_a_goal_is_met_missed_or_within_noise():
+    ones = [1.0] * 9
+    assert _held(ones, ones, 1.15)["verdict"] == "met"
+    assert _held([2.0] * 9, ones, 1.15)["verdict"] == "missed"
+    assert _held([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0], ones, 1.15)["verdict"] == "within noise"
+    assert _held(ones[:3], ones[:3], 1.15)["verdict"] == "within noise"  # too few rounds to say
