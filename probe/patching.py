@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -51,6 +52,25 @@ def patches(
     for layer in layers:
         value = clean.states[point][layer, row, at]
         made.append(Patch(point, layer, at, value if heads is None else value[:, sorted(heads)], heads))
+    return tuple(made)
+
+
+def nudges(
+    clean: Activations, corrupt: Activations, row: int, point: str, layers: Iterable[int], positions: Iterable[int], seed: Sequence[int]
+) -> tuple[Patch, ...]:  # fmt: skip
+    """Edits that change another run's states at these positions by as much as `patches` would, each in a random direction.
+
+    corrupt + |clean - corrupt| u with u a unit vector drawn for each layer and position from `seed`: what a change of that size does
+    whatever it says.
+    """
+    at = sorted(set(positions))
+    made = []
+    for layer in layers:
+        before = corrupt.states[point][layer, row, at]
+        size = (clean.states[point][layer, row, at].to(before) - before).float().norm(dim=-1, keepdim=True)
+        drawn = torch.from_numpy(np.random.default_rng([*seed, layer]).standard_normal(tuple(before.shape)))
+        unit = torch.nn.functional.normalize(drawn, dim=-1).to(before.device, torch.float32)
+        made.append(Patch(point, layer, at, (before.float() + size * unit).to(before.dtype)))
     return tuple(made)
 
 

@@ -163,22 +163,25 @@ def report(summary: Summary, setting: Setting) -> str:
 
 
 def _answer(summary: Summary) -> str:
-    gain, area, null = summary["gain_over_centred_box"], summary["auc"], summary["null"][HEADLINE]["auc"]
-    better, worse = above(gain), below(gain)
-    verdict = "finds its object better than a centred box does" if better else (
-        "finds its object worse than a centred box does" if worse else "is not shown to find its object better than a centred box"
+    area, other, gap = summary["auc"], summary["null"][HEADLINE]["auc"], summary["against_null"][HEADLINE]["auc"]
+    verdict = "finds its object" if above(gap) else (
+        "finds other objects rather than its own" if below(gap) else "is not shown to find its own object rather than another"
     )  # fmt: skip
     return (
-        f"Read through one head ({summary['chosen'][ONE]['word']}, layer and head), the attention of a word {verdict}: the difference of "
-        f"IoU is {_signed(gain)} (n = {gain['n']} scenes), with an AUC of {_plain(area)} where another object's box has {_plain(null)}."
-        f"{_beside(summary)}"
+        f"Read through one head ({summary['chosen'][ONE]['word']}, layer and head), the attention of a word {verdict}: its AUC is {_plain(area)}, and "
+        f"{_plain(other)} for another object's box, the strictest null, a paired difference of {_signed(gap)} (one-sided sign-flip p {_p(gap['p'])}, "
+        f"n = {gap['n']} scenes).{_beside(summary)}"
     )
 
 
 def _beside(summary: Summary) -> str:
-    """What the harder baseline and the trained head say to the same claim."""
-    hard = summary["gains"][HEADLINE][LAST_OF_ALL]["iou"]
-    told = f" Beside the last position's attention, averaged over all heads and layers, its IoU differs by {_signed(hard)}."
+    """What the baselines and the trained head say to the same claim."""
+    hard, box = summary["gains"][HEADLINE][LAST_OF_ALL], summary["gains"][HEADLINE][CENTRED]
+    word = "better" if above(hard["auc"]) else "worse" if below(hard["auc"]) else "not shown to be better or worse"
+    told = (
+        f" Beside the last position's attention, averaged over all heads and layers, it is {word}: the AUC differs by {_signed(hard['auc'])}, the IoU by "
+        f"{_signed(hard['iou'])}; beside a centred box, which objects of a grid seldom meet, the IoU differs by {_signed(box['iou'])}."
+    )
     trained = summary["gains"].get(f"{MASK}, word", {}).get(LAST_OF_ALL)
     if trained:
         told += f" A mask head trained on all heads' maps of the word adds {_signed(trained['iou'])} to that average's IoU."
@@ -196,7 +199,7 @@ def _signed(found: dict[str, Any]) -> str:
 def _p(value: float | None) -> str:
     if value is None:
         return "unknown"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def _table(summary: Summary) -> list[str]:
@@ -206,7 +209,7 @@ def _table(summary: Summary) -> list[str]:
     ]  # fmt: skip
     for name, found in summary["methods"].items():
         gain = summary["gains"].get(name, {}).get(CENTRED)
-        beside = f"{_signed(gain['iou'])} | {_p(gain['iou']['p'])}" if gain else "|"
+        beside = f"{_signed(gain['iou'])} | {_p(gain['iou']['p']).removeprefix('= ')}" if gain else "|"
         lines.append(f"| {name} | {' | '.join(_plain(found[metric]) for metric in names)} | {beside} |")
     return lines
 

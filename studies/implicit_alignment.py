@@ -5,7 +5,9 @@ words, layer by layer and inside each block, beside unmatched pairs; whether the
 with accuracy and hallucination over a family of models. One forward pass for each example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -84,19 +86,23 @@ def _carry_out(
     total = sum(len(part.data) for part in parts) + len(names)
     with progress("implicit alignment", total, setting.quiet) as advance:
         for part in parts:
-            work = [(f"{part.modality}-{key}", items) for key, items in units(len(part.data), setting.batch)]
+            chosen = _chosen(part)
+            read = _digest(example.id for example in chosen)  # a unit that was read beside fewer anchors is another unit
+            work = [(f"{part.modality}-{key}-{read}", items) for key, items in units(len(part.data), setting.batch)]
             todo, keys = set(run.pending(key for key, _ in work)), [*keys, *(key for key, _ in work)]
-            anchors = _anchors(part, setting.seed) if todo else None
+            anchors = gather_anchors(part.subject, chosen, part.modality) if todo and len(chosen) > 1 else None
             for key, items in work:
                 if key in todo:
                     examples = [(i, part.data.examples[i]) for i in items]
                     run.write(key, unit(part, examples, anchors, words_limit, weights_limit))
                 advance(len(items))
+        asked = _existence(setting, family_limit) if names else []
+        shown = _digest(example.id for example in (*setting.data.examples[:family_limit], *asked))
         for name in names:
-            key = f"member-{name.replace(':', '-').replace('/', '-')}"
+            key = f"member-{name.replace(':', '-').replace('/', '-')}-{shown}"
             keys.append(key)
             if run.pending([key]):
-                run.write(key, _member(setting, name, family_limit))
+                run.write(key, _member(setting, name, family_limit, asked))
             advance(1)
     summary = finite(summarise(run.rows(keys), parts, sparsity, setting.seed))
     summary["run"] = str(run.folder)
@@ -117,14 +123,15 @@ def _usable(subject: Subject, example: Example, modality: str) -> str:
     return ""
 
 
-def _anchors(part: Part, seed: int) -> Anchors | None:
-    """Examples drawn from the whole data set, however it is cut into units."""
-    order = np.random.default_rng([seed, 7]).permutation(len(part.data))
-    chosen: list[Example] = []
-    for i in order:
-        if len(chosen) < ANCHORS and not _usable(part.subject, part.data.examples[i], part.modality):
-            chosen.append(part.data.examples[i])
-    return gather_anchors(part.subject, chosen, part.modality) if len(chosen) > 1 else None
+def _chosen(part: Part) -> list[Example]:
+    """The examples of the unmatched side: the first that can be read, so that they are the same whatever the limit is."""
+    usable = (e for e in part.data.examples if not _usable(part.subject, e, part.modality))
+    return list(islice(usable, ANCHORS))
+
+
+def _digest(names: Iterable[str]) -> str:
+    """What stands for some examples in a unit's key."""
+    return sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
 def unit(
@@ -200,7 +207,7 @@ def _sums(part: Part, readings: list[Reading], numbers: Sequence[int]) -> list[d
 # --- a family of models ----------------------------------------------------------------------------------------------
 
 
-def _member(setting: Setting, name: str, limit: int) -> list[dict[str, Any]]:
+def _member(setting: Setting, name: str, limit: int, asked: Sequence[Example]) -> list[dict[str, Any]]:
     """A model's scores on pictures, and what it can do: answers, and whether it says that things are there which are not."""
     subject = load_member(name, str(setting.subject.device), setting.subject.dtype)
     data = Data(setting.data.name, setting.data.examples[:limit], setting.data.fingerprint)
@@ -215,7 +222,6 @@ def _member(setting: Setting, name: str, limit: int) -> list[dict[str, Any]]:
             same += [score(reading.similar["matched"]["avg"]) for reading in readings]
             first += [score(reading.from_input["matched"]) for reading in readings]
             right += [_says(told, e.answer) for told, e in zip(subject.generate(encoded), some, strict=True)]
-    asked = _existence(setting, limit)
     polled = [_says(told, e.answer) for e, told in _answers(subject, asked, setting.batch)]
     invented = [not ok for ok, e in zip(polled, asked, strict=True) if (e.answer or "").lower() == "no"]
     found: dict[str, list[Any]] = {

@@ -1,8 +1,7 @@
 """The implicit-alignment study's numbers, figures and words, made from its records."""
 
 from collections.abc import Sequence
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,38 +9,37 @@ import torch
 
 from probe.alignment import INTERVALS, SIDES
 from probe.analysis.alignment import MODES, NORMS, layers_for_vocabulary, mean_over_pairs, mean_over_unmatched
-from probe.analysis.overlap import chance_iou, iou, wanda_kept
-from probe.analysis.stats import benjamini_hochberg, bootstrap_mean, correlate, sign_flip
-from probe.calibration import linear_maps
+from probe.analysis.stats import RESAMPLES, benjamini_hochberg, bootstrap_mean, correlate, sign_flip
 from probe.errors import DataError
 from probe.plots import alignment as plots
 from probe.sites import SITES
+from studies.implicit_alignment_weights import weights as overlaps
 from studies.implicit_alignment_words import report
 from studies.modalities import Part
 from studies.run import Run
 from studies.study import Summary
 from studies.work import interval, picked, share, skipped
 
-if TYPE_CHECKING:
-    from probe.subject import Subject
-
 __all__ = ["figures", "report", "summarise"]
 SKILLS = ("accuracy", "existence", "hallucination")
+TESTED = ("accuracy", "hallucination")  # what the paper claims of
 READINGS = ("input", "same")
+STREAM = ("in", "mid", "out")  # sites of the residual stream; the others lie inside a block
 
 
 def summarise(rows: pa.Table, parts: Sequence[Part], sparsity: float, seed: int) -> Summary:
     """Everything that the report says, as numbers. Raises DataError when no example of a modality could be used."""
     found = {part.modality: _modality(picked(rows, modality=part.modality), part, seed) for part in parts}
     first = found[parts[0].modality]
-    weights = _weights(rows, parts, sparsity)
+    weights = overlaps(rows, parts, sparsity, seed)
     members = _members(rows, seed)
     return {
         "run": "", "n": sum(one["n"] for one in found.values()),
         "score": {name: one["score"] for name, one in found.items()},
         "matched": first["similar"]["avg"]["matched"]["mean"], "unmatched": first["similar"]["avg"]["unmatched"]["mean"],
         "p_value": first["similar"]["avg"]["p"],
-        "iou": weights["across"], "chance_iou": weights["chance"], "correlation": members["correlation"],
+        "iou": weights["across"], "chance_iou": weights["chance"], "permuted_iou": weights["permuted"],
+        "magnitude_iou": weights["magnitude"], "correlation": members["correlation"],
         "modalities": found, "spaces": _spaces(rows, parts), "weights": weights, "members": members["members"],
     }  # fmt: skip
 
@@ -77,7 +75,7 @@ def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
         "model": part.subject.name, "data": part.data.name, "n": len(matched), "n_skipped": len(skipped(rows)),
         "skipped": skipped(rows),
         "similar": similar, "score": _score(rows, seed),
-        "sites": {site: _site(rows, site, seed) for site in SITES},
+        "sites": {site: _site(rows, site, seed) for site in SITES}, "inside": _inside(rows, seed),
         "norm": {side: {kind: _curve(_curves(rows, "norm", f"{side}/{kind}"), seed) for kind in NORMS} for side in SIDES},
         "drift": {
             side: {str(n): _curve(_curves(rows, "drift", f"{side}/{n}/diag_mean"), seed) for n in INTERVALS} for side in SIDES
@@ -89,7 +87,7 @@ def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
                 for reading in READINGS
             },
         },
-        "within": _within(rows),
+        "within": _within(rows), "within_interval": {side: _within_interval(rows, side, seed) for side in SIDES},
         "pairs": _pairs(rows, matched),
         "plane": _plane(rows),
     }  # fmt: skip
@@ -112,11 +110,13 @@ def _score(rows: pa.Table, seed: int) -> dict[str, Any]:
     """Both readings of the score: the perceptual side as it enters the model, or at the same layer as the words."""
     made = {}
     for reading, what, key in (("input", "from_input", ""), ("same", "similar", "/avg")):
-        found = {}
-        for pairing in ("matched", "unmatched"):
-            values = _curves(rows, what, pairing + key)
-            found[pairing] = interval(np.nanmean(values, 1), seed) if values.size else None
-        made[reading] = {**found["matched"], "unmatched": found["unmatched"]}  # type: ignore[dict-item]
+        matched, other = (_curves(rows, what, pairing + key) for pairing in ("matched", "unmatched"))
+        own = np.nanmean(matched, 1)
+        theirs = np.nanmean(other, 1) if other.shape == matched.shape else None
+        made[reading] = {
+            **interval(own, seed), "unmatched": None if theirs is None else interval(theirs, seed),
+            "gap": None if theirs is None else interval(own - theirs, seed),
+        }  # fmt: skip
     return made
 
 
@@ -137,6 +137,26 @@ def _site(rows: pa.Table, site: str, seed: int) -> dict[str, Any] | None:
         theirs = other[:, known].mean(1)
         made |= {"unmatched": interval(theirs, seed), "gap": interval(own - theirs, seed)}
     return made
+
+
+def _inside(rows: pa.Table, seed: int) -> dict[str, Any] | None:
+    """The gap between matched and unmatched pairs, averaged over the sites inside the block and over those of the stream, and the
+    difference of the two example by example; None where there are no unmatched pairs.
+    """
+    gaps: dict[str, list[np.ndarray]] = {"inside": [], "outside": []}
+    for site in SITES:
+        matched, other = _curves(rows, "site", f"matched/{site}"), _curves(rows, "site", f"unmatched/{site}")
+        known = ~np.isnan(matched).all(0) if matched.size else np.zeros(0, bool)
+        if known.any() and other.shape == matched.shape:
+            gaps["outside" if site in STREAM else "inside"].append((matched - other)[:, known].mean(1))
+    if not all(gaps.values()):
+        return None
+    inside, outside = (np.mean(found, 0) for found in gaps.values())
+    return {
+        "inside": interval(inside, seed),
+        "outside": interval(outside, seed),
+        "difference": interval(inside - outside, seed),
+    }
 
 
 # --- over pairs of examples, from sums ---------------------------------------------------------------------------------
@@ -162,6 +182,27 @@ def _within(rows: pa.Table) -> dict[str, list[float] | None]:
         (a, n), (b, m) = _sums(rows, side, 0), _sums(rows, side, 1)
         made[side] = mean_over_pairs(torch.tensor(a), torch.tensor(b), n, m).tolist() if n and m else None
     return made
+
+
+def _within_interval(rows: pa.Table, side: str, seed: int) -> dict[str, Any] | None:
+    """The same with a bootstrap interval over units of examples (only sums of units are kept); None with fewer than four units.
+
+    No example meets itself however often its unit is drawn, since even ones meet odd ones.
+    """
+    states = len(picked(rows, what="similar", key="matched/avg")["values"][0])
+    halves = [picked(rows, what="sum", key=f"{side}/{half}") for half in (0, 1)]
+    if min(len(half) for half in halves) < 4 or len(halves[0]) != len(halves[1]):
+        return None
+    even, odd = (
+        np.stack([v.values.to_numpy().astype(np.float64).reshape(states, -1) for v in half["vector"]]) for half in halves
+    )
+    n, m = (half["n"].to_numpy().astype(np.float64) for half in halves)
+    products = np.einsum("usw,vsw->suv", even, odd)
+    weights = np.random.default_rng(seed).multinomial(len(n), np.full(len(n), 1 / len(n)), size=RESAMPLES).astype(np.float64)
+    drawn = np.einsum("bu,suv,bv->bs", weights, products, weights, optimize=True) / ((weights @ n) * (weights @ m))[:, None]
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    mean = products.sum((1, 2)) / (n.sum() * m.sum())
+    return {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist(), "n": len(n)}
 
 
 def _pairs(rows: pa.Table, matched: np.ndarray) -> dict[str, list[float] | None]:
@@ -205,66 +246,6 @@ def _spaces(rows: pa.Table, parts: Sequence[Part]) -> dict[str, Any]:
     return {"kinds": [f"{modality} {side}" for modality, side in kinds], "states": chosen, "tables": tables}
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-def _weights(rows: pa.Table, parts: Sequence[Part], sparsity: float) -> dict[str, Any]:
-    """IoU of the subnetworks that each kind of token asks for, by layer and by type of matrix, beside chance."""
-    squares = {(part.modality, side): _squares(picked(rows, modality=part.modality), side) for part in parts for side in SIDES}
-    kinds = [kind for kind, found in squares.items() if found]
-    pairs = list(combinations(range(len(kinds)), 2))
-    by_layer: dict[int, dict[tuple[int, int], list[float]]] = {}
-    by_type: dict[str, list[float]] = {}
-    maps = _with_inputs(parts[0].subject, [squares[kind] for kind in kinds])
-    for name, weight, inputs in maps:
-        layer, kind = int(name.split(".")[0]), name.split(".")[-1]
-        kept = [wanda_kept(weight, found.to(weight.device), sparsity) for found in inputs]
-        for i, j in pairs:
-            value = iou(kept[i], kept[j])
-            by_layer.setdefault(layer, {}).setdefault((i, j), []).append(value)
-            if kinds[i][1] != kinds[j][1]:
-                by_type.setdefault(kind, []).append(value)
-    layers = sorted(by_layer)
-    curves = {pair: [float(np.mean(by_layer[layer][pair])) for layer in layers] for pair in pairs if layers}
-    table = np.full((len(kinds), len(kinds)), np.nan)
-    for (i, j), curve in curves.items():
-        table[i, j] = table[j, i] = float(np.mean(curve))
-    across = [value for (i, j), curve in curves.items() if kinds[i][1] != kinds[j][1] for value in [np.mean(curve)]]
-    return {
-        "kinds": [f"{modality} {side}" for modality, side in kinds], "table": table.tolist(), "layers": layers,
-        "by_layer": {f"{kinds[i][0]} {kinds[i][1]} and {kinds[j][0]} {kinds[j][1]}": curve for (i, j), curve in curves.items()},
-        "least_by_layer": [min(curve[k] for curve in curves.values()) for k in range(len(layers))] if curves else [],
-        "by_type": {kind: float(np.mean(values)) for kind, values in by_type.items()},
-        "across": float(np.mean(across)) if across else None, "sparsity": sparsity, "chance": chance_iou(sparsity),
-        "n_matrices": len(maps),
-    }  # fmt: skip
-
-
-def _squares(rows: pa.Table, side: str) -> dict[str, torch.Tensor]:
-    found: dict[str, np.ndarray] = {}
-    own = picked(rows, what="squares")
-    for key, vector in zip(own["key"].to_pylist(), own["vector"], strict=True):
-        kind, name = key.split("/", 1)
-        if kind == side:
-            values = vector.values.to_numpy().astype(np.float64)
-            found[name] = values if name not in found else found[name] + values
-    return {name: torch.tensor(values) for name, values in found.items()}
-
-
-def _with_inputs(
-    subject: "Subject", squares: Sequence[dict[str, torch.Tensor]]
-) -> list[tuple[str, torch.Tensor, list[torch.Tensor]]]:
-    """Each linear map with what entered it, for each kind of tokens; maps that share an input share its sum."""
-    made, last = [], ""
-    for name, module in linear_maps(subject):
-        if all(name in found for found in squares):
-            last = name
-        same = last.split(".")[0] == name.split(".")[0] and squares and len(squares[0].get(last, [])) == module.in_features
-        if same:
-            made.append((name, module.weight.detach(), [found[last] for found in squares]))
-    return made
-
-
 # --- a family --------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +269,10 @@ def _members(rows: pa.Table, seed: int) -> Summary:
                 "pearson": pearson.value, "low": pearson.low, "high": pearson.high, "p_value": pearson.p, "n": pearson.n,
                 "spearman": ranks.value, "spearman_low": ranks.low, "spearman_high": ranks.high,
             }  # fmt: skip
+    tested = [f"{reading} and {skill}" for skill in TESTED for reading in READINGS]
+    q = benjamini_hochberg(np.array([correlation[name]["p_value"] for name in tested], dtype=float))
+    for name, value in zip(tested, q, strict=True):
+        correlation[name]["q"] = float(value)
     return {"members": members, "correlation": correlation if members else None}
 
 

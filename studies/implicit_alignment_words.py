@@ -1,10 +1,12 @@
 """The report of the implicit-alignment study: the paper's findings one by one, each held against the numbers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from probe.sites import SITES
 from studies.study import Setting, Summary
-from studies.telling import ranged
+from studies.telling import above, bracketed, ranged
 
 FINDINGS = (
     "Perceptual and textual tokens live in different spaces",
@@ -78,45 +80,46 @@ def _weights(summary: Summary) -> tuple[str, str]:
     found = summary["weights"]
     if found["across"] is None:
         return "not tested", "no linear map of the decoder was read"
-    least = min(found["least_by_layer"])
-    verdict = "holds" if least > found["chance"] else "does not hold here"
+    beyond = {"permuted": found["above_permuted"], "magnitude": found["above_magnitude"]}
+    if found["across"] <= found["chance"]:
+        verdict = "does not hold here"
+    else:
+        verdict = "holds, beyond what \\|W\\| gives" if all(above(one) for one in beyond.values()) else "mostly \\|W\\|"
     return verdict, (
-        f"IoU of the weights kept at {found['sparsity']:.0%} sparsity, perceptual against textual: {found['across']:.2f}; the least pair of any layer "
-        f"{least:.2f}; two random masks {found['chance']:.2f} ({found['n_matrices']} matrices)"
+        f"IoU of the weights kept at {found['sparsity']:.0%} sparsity, perceptual against textual: {found['across']:.3f}. With one side's inputs "
+        f"permuted over the columns {found['permuted']:.3f} (paired difference {_signed(beyond['permuted'])}); either side against \\|W\\| alone "
+        f"{found['magnitude']:.3f} ({_signed(beyond['magnitude'])}); two random masks {found['chance']:.3f} ({found['n_matrices']} matrices, "
+        "95 % bootstrap intervals over them)"
     )
 
 
+def _signed(one: Mapping[str, Any]) -> str:
+    return bracketed(one, "+.3f")
+
+
 def _aligned(summary: Summary) -> tuple[str, str]:
+    """Are an example's own words nearer than others' at most states, and does the gap grow inside the blocks?"""
     parts, hold = [], []
     for name, one in summary["modalities"].items():
-        found = one["similar"]["avg"]
+        found, inside = one["similar"]["avg"], one["inside"]
         if found["q"] is None or name == "text":
             continue
         clear = [q is not None and q < LEVEL for q in found["q"]]
-        outside, inside = _best_sites(one["sites"])
-        more = inside is not None and outside is not None and inside[1] > outside[1]
-        hold.append(any(clear) and more)
+        some = 0 < sum(clear) <= len(clear) / 2  # fewer than most: in part, whatever else holds
+        hold += [*([True, False] if some else [any(clear)]), inside is not None and above(inside["difference"])]
         gap = max((g for g in found["gap"]["mean"]), default=0.0)
-        where = (
+        more = (
             ""
-            if inside is None or outside is None
-            else f"; inside at best {inside[1]:.2f} ({inside[0]}), on the residual stream {outside[1]:.2f} ({outside[0]})"
+            if inside is None
+            else f"; the gap is {_signed(inside['inside'])} inside the blocks and {_signed(inside['outside'])} on the residual stream, "
+            f"a paired difference of {_signed(inside['difference'])}"
         )
         parts.append(
-            f"{name}: matched above unmatched at {sum(clear)} of {len(clear)} states (q < {LEVEL}), by at most {gap:.3f}{where}"
+            f"{name}: matched above unmatched at {'only ' if some else ''}{sum(clear)} of {len(clear)} states (q < {LEVEL}), by at most {gap:.3f}{more}"
         )
     if not hold:
         return "not tested", "there are no unmatched pairs to compare with"
     return _verdict(hold), "; ".join(parts)
-
-
-def _best_sites(sites: Mapping[str, Any]) -> tuple[tuple[str, float] | None, tuple[str, float] | None]:
-    """The most similar site of the residual stream, and the most similar inside the block."""
-    known = {site: one["matched"]["value"] for site, one in sites.items() if one}
-    outside = {site: known[site] for site in ("in", "mid", "out") if site in known}
-    inside = {site: value for site, value in known.items() if site not in outside}
-    pick = lambda table: max(table.items(), key=lambda item: item[1]) if table else None  # noqa: E731
-    return pick(outside), pick(inside)
 
 
 def _predicts(summary: Summary) -> tuple[str, str]:
@@ -129,13 +132,26 @@ def _predicts(summary: Summary) -> tuple[str, str]:
             if line["pearson"] is None:
                 continue
             bound = line["low"] if sign > 0 else -line["high"]
-            hold.append(bound > 0)
+            hold.append(bound > 0 and line["q"] < LEVEL)
             parts.append(
-                f"{skill} and the score ({reading}): r = {line['pearson']:.2f} [{line['low']:.2f}, {line['high']:.2f}], p = {line['p_value']:.3f}, n = {line['n']}"
+                f"{skill} and the score ({reading}): r = {line['pearson']:.2f} [{line['low']:.2f}, {line['high']:.2f}], permutation p = "
+                f"{line['p_value']:.3f}, q = {line['q']:.3f}"
             )
     if not hold:
         return "not tested", "fewer than four models, or all alike"
-    return _verdict(hold), "; ".join(parts)
+    return _verdict(hold), f"{_models(summary['members'])}: {'; '.join(parts)}"
+
+
+def _models(members: Sequence[Mapping[str, Any]]) -> str:
+    """How many models there are, and how many of them are steps of one training (`NAME@STEP`)."""
+    trainings = Counter(member["name"].split("@")[0] for member in members)
+    most = max(trainings.values())
+    told = f"n = {len(members)} models"
+    if most == 1:
+        return told
+    return (
+        f"{told}, {most} of them steps of one training and so not independent, which makes intervals and p-values too confident"
+    )
 
 
 def _verdict(hold: Sequence[bool]) -> str:
@@ -144,12 +160,12 @@ def _verdict(hold: Sequence[bool]) -> str:
 
 def _figures(summary: Summary) -> list[str]:
     rows = [
-        f"| {name} | {_number(one['score']['input'])} | {_number(one['score']['input']['unmatched'])} | {_number(one['score']['same'])} | "
-        f"{_number(one['score']['same']['unmatched'])} |"
+        f"| {name} | " + " | ".join(_number(found) for r in ("input", "same") for found in (one["score"][r], one["score"][r]["unmatched"], one["score"][r]["gap"])) + " |"
         for name, one in summary["modalities"].items()
-    ]
+    ]  # fmt: skip
     lines = [
-        "## The score", "", "| modality | input reading | its unmatched pairs | same-layer reading | its unmatched pairs |", "|---|---|---|---|---|", *rows, "",
+        "## The score", "", "| modality | input reading | its unmatched pairs | paired gap | same-layer reading | its unmatched pairs | paired gap |",
+        "|---|---|---|---|---|---|---|", *rows, "",
         "The cosine of an example's mean perceptual token with the mean token of its words, averaged over states, with a 95 % bootstrap "
         "interval over examples: the perceptual side as it enters the model (as the paper scores models), or at the same state as the words. "
         "Raw cosines say little, since all states of a layer may point one way: read them beside the unmatched pairs.", "",
@@ -157,7 +173,8 @@ def _figures(summary: Summary) -> list[str]:
         "Bands are 95 % bootstrap intervals; unmatched pairs are an example's tokens with the words of a fixed few others.", "",
         "## Inside the block", "", "![inside the block](figures/inside-the-block.png)", "",
         "Sites in the order of the computation: what enters the block, the normed input of attention, what attention adds, the stream between, the "
-        "normed input of the feed-forward block, its inner activation, what it adds, what leaves. Layers averaged.", "",
+        "normed input of the feed-forward block, its inner activation, what it adds, what leaves. Layers averaged. The gap is matched less unmatched, "
+        "example by example:", "", *_sites(summary), "",
         "## The spaces", "", "![spaces](figures/spaces.png)", "",
         "Mean cosine over every pair of examples (even against odd ones within a kind).", "", "![plane](figures/plane.png)", "",
         "Unit mean tokens of every example; t-SNE's distances between groups mean nothing, its groups do.", "",
@@ -171,7 +188,9 @@ def _figures(summary: Summary) -> list[str]:
         lines += [
             "## Weights", "", "![weights](figures/weights.png)", "",
             "Each kind of token asks Wanda for the weights that it needs, in every output row of every matrix; all from the dense model's inputs, "
-            "without pruning layer after layer. By type of matrix, perceptual against textual: "
+            "without pruning layer after layer. Wanda's score is \\|W\\| times the size of the input, so that any two masks share \\|W\\|: what "
+            "the kinds have in common is what lies above the masks of permuted inputs and of \\|W\\| alone, not above two random masks. Left: above "
+            "the diagonal each pair, below it the same pair with the second's inputs permuted. By type of matrix, perceptual against textual: "
             + ", ".join(f"{kind} {value:.2f}" for kind, value in summary["weights"]["by_type"].items()) + ".", "",
         ]  # fmt: skip
     if len(summary["members"]) > 1:
@@ -180,6 +199,16 @@ def _figures(summary: Summary) -> list[str]:
             "Each point is a model; its bars are intervals over examples, the interval of r is a bootstrap over models. Models that are steps of one "
             "training are not independent of one another: what rises along training correlates with whatever else does.", "",
         ]  # fmt: skip
+    return lines
+
+
+def _sites(summary: Summary) -> list[str]:
+    """The paired gap at each site."""
+    names = [s for s in SITES if any(one["sites"][s] for one in summary["modalities"].values())]
+    lines = [f"| modality | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for name, one in summary["modalities"].items():
+        cells = [_number(one["sites"][s]["gap"] if one["sites"][s] else None) for s in names]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

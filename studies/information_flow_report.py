@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from probe.analysis.flow import METRICS, cutoff_layer, default_window, window_mean
-from probe.analysis.stats import bootstrap_mean, spearman, wilson
+from probe.analysis.stats import Correlation, benjamini_hochberg, bootstrap_mean, correlate, spearman, wilson
 from probe.edits import window
 from probe.errors import DataError
 from probe.plots import flow as plots
@@ -32,6 +32,8 @@ def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Sum
     hidden = hidden[hidden.example.isin(steps.example)]
     from_start = np.concatenate([hidden.set_index("example").relative.loc[cumulative.index].to_numpy()[:, None], cumulative], 1)
     cutoff = cutoff_layer(from_start, tolerance, plan.seed) if len(from_start) else None
+    flows = {name: _flow(rows, "flow", name, plan, n_layers) for name in plan.flows if name in _names(rows, "flow", "flow")}
+    _add_q(flows)
     return {
         "run": "", "n": len(answers), "n_correct": int(answers.correct.sum()), "n_skipped": len(skipped),
         "skipped": [f"{row.example}: {row.text}" for row in skipped.itertuples()],
@@ -46,7 +48,7 @@ def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Sum
         "cutoff_tolerance": tolerance,
         "swept": "answered correctly" if plan.only_correct else "(right and wrong answers alike)",
         "window": plan.width, "default_window": default_window(n_layers), "n_layers": n_layers,
-        "flows": {name: _flow(rows, "flow", name, plan, n_layers) for name in plan.flows if name in _names(rows, "flow", "flow")},
+        "flows": flows,
         "controls": {name: _flow(rows, "control", name, plan, n_layers) for name in _names(rows, "control", "flow")},
         "cumulative": _curve(from_start, list(range(n_layers))) if len(from_start) else None,
         "lens": {
@@ -118,12 +120,30 @@ def _flow(rows: pa.Table, what: str, name: str, plan: Any, n_layers: int) -> dic
     if len(masses):
         soft = _per_example(masses, "mass", range(n_layers))
         made["mass"] = soft.mean().tolist()
+        made["mass_interval"] = _curve(soft, layers)
         windows = [window(layer, plan.width, n_layers) for layer in layers]
         seen = window_mean(soft.to_numpy(), windows)
         caused = -_per_example(own, "log_prob", range(n_layers)).reindex(soft.index).to_numpy()
         made["correlation"] = [spearman(seen[:, i], caused[:, i]) for i in layers]
+        tests = [_tested(seen[:, i], caused[:, i], plan.seed) for i in layers]
+        made["correlation_tests"] = {name: [getattr(one, name) for one in tests] for name in ("low", "high", "p", "n")}
         made["correlation_over_layers"] = spearman(seen.mean(0), np.nanmean(caused, 0))
     return made
+
+
+def _tested(seen: np.ndarray, caused: np.ndarray, seed: int) -> Correlation:
+    """Spearman's correlation over the examples that have both, with its interval and permutation p-value."""
+    known = ~(np.isnan(seen) | np.isnan(caused))
+    return correlate(seen[known], caused[known], rank=True, seed=seed)
+
+
+def _add_q(flows: dict[str, Any]) -> None:
+    """q-values of the correlations of mass with effect, over all flows and layers."""
+    tests = [flow["correlation_tests"] for flow in flows.values() if "mass" in flow]
+    if tests:
+        q = benjamini_hochberg(np.array([one["p"] for one in tests], dtype=float))
+        for one, row in zip(tests, q, strict=True):
+            one["q"] = row.tolist()
 
 
 def figures(run: Run, summary: Summary) -> None:
@@ -165,8 +185,8 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
         *_depth(summary),
         "## Soft flow beside causal flow", "", "![soft and causal](figures/soft-and-causal.png)", "",
         "Attention mass on the same edges, averaged over heads and the window's layers, and its rank correlation with the causal "
-        "effect (drop of the log-probability) over examples. A flow whose mass does not predict its effect is one where attention "
-        "maps mislead.", "",
+        "effect (drop of the log-probability) over examples, with bootstrap intervals. At the layer where each flow's effect is strongest:", "",
+        *_soft(summary),
         "## The answer, read off every layer", "", "![answer by layer](figures/answer-by-layer.png)", "",
         "The logit lens at the last position: the probability of the answer's first token in lower case and capitalised, and of a "
         "false option in the model's own case.", "",
@@ -177,6 +197,24 @@ def report(run: Run, summary: Summary, setting: Setting) -> str:
 def _without(summary: Summary) -> str:
     share = summary["no_image_accuracy"]
     return "" if share is None else f"without the picture {share:.1%}, "
+
+
+def _soft(summary: Summary) -> list[str]:
+    """Whether mass goes with effect, where the effect is."""
+    lines = ["| flow | layer | rank correlation | 95 % interval | q | layers with q < 0.05 |", "|---|---|---|---|---|---|"]
+    for name, flow in summary["flows"].items():
+        if "mass" not in flow:
+            continue
+        tests, at = flow["correlation_tests"], int(np.argmin(flow["mean"]))
+        value, low, high, q = (side[at] for side in (flow["correlation"], tests["low"], tests["high"], tests["q"]))
+        clear = sum(one is not None and one < 0.05 for one in tests["q"])
+        told = "not defined | | |" if value is None or low is None else f"{value:.2f} | {low:.2f} to {high:.2f} | {q:.3f} |"
+        lines.append(f"| {name} | {at} | {told} {clear} of {len(tests['q'])} |")
+    return [
+        *lines, "",
+        "p-values are of permutations, q-values (Benjamini and Hochberg) over all flows and layers. Where the interval includes zero, mass is not "
+        "shown to say which examples depend on a flow; where a flow has little effect in any example, there is nothing to predict.", "",
+    ]  # fmt: skip
 
 
 def _controls(summary: Summary) -> list[str]:
@@ -193,6 +231,10 @@ def _controls(summary: Summary) -> list[str]:
     return [*lines, ""]
 
 
+def _never(high: int, n_layers: int) -> str:
+    return f"; {n_layers} means that it matters to the end, which the interval includes" if high == n_layers else ""
+
+
 def _depth(summary: Summary) -> list[str]:
     if summary["cutoff_layer"] is None:
         return []
@@ -206,6 +248,6 @@ def _depth(summary: Summary) -> list[str]:
         ]  # fmt: skip
     return [
         "## How deep the image is needed", "",
-        f"Hidden from all text from layer {summary['cutoff_layer']} on, the image no longer matters (95 % interval {low} to {high}): "
-        f"the answer's probability changes by at most {summary['cutoff_tolerance']:g} % on average at this and every later start.", "",
+        f"Hidden from all text from layer {summary['cutoff_layer']} on, or from any later one, the image changes the answer's probability by at most "
+        f"{summary['cutoff_tolerance']:g} % on average (95 % interval of the layer {low} to {high}{_never(high, summary['n_layers'])}).", "",
     ]  # fmt: skip

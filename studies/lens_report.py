@@ -265,8 +265,20 @@ def _said_of_words(summary: Summary, plan: Any) -> list[str]:
         verdict = "They do, above every null" if gaps and all(map(_clear, gaps)) else "Not beyond every null"
         elsewhere = among[OTHER_PATCHES]
         if elsewhere and below(elsewhere["gap_at_best"]):
-            verdict += ", and the word is read more often elsewhere in the picture than where the object is"
-        nulls = "; ".join(f"{null} {_range(among[null]['at_best'])}" for null in NULLS if among[null]) or "no null is known"
+            gap = elsewhere["gap_at_best"]
+            more = {
+                **gap,
+                **{a: None if gap[b] is None else -gap[b] for a, b in (("value", "value"), ("low", "high"), ("high", "low"))},
+            }
+            verdict = (
+                "The reverse: as many patches elsewhere in the picture read the object's word more often than its own patches do, by "
+                f"{_range(more)} (paired)"
+            )
+        elif elsewhere and elsewhere["gap_at_best"]["value"] is not None and elsewhere["gap_at_best"]["value"] < 0:
+            verdict += ", and on the mean the word is read more often elsewhere in the picture (the interval of the difference includes zero)"
+        nulls = "; ".join(
+            f"{null} {_range(among[null]['at_best'])}, the own less it {_range(among[null]['gap_at_best'], '+.3f')}" for null in NULLS if among[null]
+        ) or "no null is known"  # fmt: skip
         lines.append(
             f"- **{role}** ({found['n_objects']} objects, n = {summary['n']} pictures). {verdict}: at its best layer, {_range(among['own_at_best'])} of "
             f"an object's patches have its word among the {plan.top} likeliest tokens, {_range(found['first']['own_at_best'])} as the likeliest. The same "

@@ -1,7 +1,7 @@
 """One example, looked at closely: what `sightline trace` shows."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,13 @@ def _figures(run: Run, subject: Subject, media: Opened, found: Trace, token_map:
             bands = [
                 (_named([layers[i] for i in band]), rows[list(band)].mean(0)[grid.positions]) for band in _bands(len(rows))
             ]
+            if kind == "image":
+                lines.extend(_cropped(medium, [g for g in space.grids if (g.kind, g.picture) == (kind, index)], index))
             name = {"image": "attention", "video": "attention-clip", "audio": "attention-sound"}[kind]
             add(f"{name}-{index}" if index else name, *draw(medium, grid, bands))
     mass = found["mass"]
     by_layer = mass.tensor[:, 0].mean(1)[:, 0].numpy()
-    groups = mass.labels["column_group"]
+    by_layer, groups = _filled(by_layer, mass.labels["column_group"])
     add("mass", plots.mass_figure(by_layer, groups), plots.mass_page(by_layer, groups),
         "How the attention of the last position is shared among the segments, heads averaged.")  # fmt: skip
     ids, probs = found["lens_top_ids"].tensor[:, 0, 0], found["lens_top_probs"].tensor[:, 0, 0].numpy()
@@ -135,6 +137,12 @@ def _figures(run: Run, subject: Subject, media: Opened, found: Trace, token_map:
     add("lens", plots.lens_figure(words, probs), plots.lens_page(words, probs),
         "The logit lens: what the final norm and the unembedding make of each layer at the last position.")  # fmt: skip
     return lines
+
+
+def _filled(mass: np.ndarray, groups: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Without the groups that have no mass anywhere: a prompt has no answer yet."""
+    kept = [i for i in range(len(groups)) if mass[:, i].any()]
+    return mass[:, kept], [groups[i] for i in kept]
 
 
 SHOWN = 24  # written tokens that one figure has room for
@@ -159,7 +167,7 @@ def _written(run: Run, subject: Subject, made: Generation) -> list[str]:
     """The answer, token by token."""
     words = _words(subject, made)[:SHOWN]
     mass = made["mass"].tensor[: len(words), :, 0].mean((1, 2))[:, 0].numpy()  # step group
-    groups = made["mass"].labels["column_group"]
+    mass, groups = _filled(mass, made["mass"].labels["column_group"])
     ids, probs = (made[f"lens_top_{name}"].tensor[: len(words), :, 0, 0, 0].T for name in ("ids", "probs"))
     grid = [[_printable(subject.tokenizer.decode([int(token)])) for token in layer] for layer in ids]
     run.figure(
@@ -179,11 +187,29 @@ def _printable(token: str) -> str:
     return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in token.strip()) or "·"
 
 
+LOST = 0.1  # share of a picture that is worth a word when the processor cuts it away
+
+
+def _cropped(picture: Image.Image, grids: Sequence[Grid], index: int) -> list[str]:
+    """A sentence where the model never saw a large share of the picture."""
+    left, top = (max(0.0, min(grid.area[side] for grid in grids)) for side in (0, 1))
+    right, bottom = (
+        min(float(end), max(grid.area[side] for grid in grids)) for side, end in ((2, picture.width), (3, picture.height))
+    )
+    lost = 1 - max(0.0, right - left) * max(0.0, bottom - top) / (picture.width * picture.height)
+    if lost < LOST:
+        return []
+    return [
+        f"The processor's crop cut away {lost:.0%} of picture {index}: the model saw columns {left:.0f} to {right:.0f} of {picture.width} and rows "
+        f"{top:.0f} to {bottom:.0f} of {picture.height}, and nothing of the rest.", "",
+    ]  # fmt: skip
+
+
 def _on_picture(picture: Image.Image, grid: Grid, bands: film.Bands) -> Drawn:
-    panels = [(name, plots.overlay(picture, grid, weights[0])) for name, weights in bands]
+    panels = [(f"{name} (to {weights[0].max():.1%})", plots.overlay(picture, grid, weights[0])) for name, weights in bands]
     return plots.overlay_figure(picture, panels), plots.overlay_page(picture, panels), (
-        "Where the position that answers looks in the picture: attention averaged over heads and over a third of the layers, "
-        "each panel scaled by its own maximum."
+        "Where the position that answers looks in the picture: attention averaged over heads and over a third of the layers. Each panel is scaled "
+        "apart, dark for none and bright for its own maximum, which its title says as the share of all attention that the brightest patch has."
     )  # fmt: skip
 
 

@@ -7,16 +7,17 @@ import numpy as np
 import pyarrow as pa
 
 from probe.analysis.stats import ends, mcnemar, paired_difference, wilson
-from probe.plots.panels import colour, curves, values
+from probe.plots.panels import colour, curves, noted, values
 from studies.run import Run
 from studies.study import Summary
 from studies.tasks.scores import average, drawable, proportion
-from studies.tasks.scores_chef import bins, ece
+from studies.tasks.scores_chef import BINS, bins, ece
 from studies.tasks.scores_choice import circular
 from studies.telling import above, below, bracketed
 from studies.work import picked, refuse_nothing, skipped
 
 REDUCES = ("mean", "sum", "per-byte")
+LEAST = 12  # questions that a bin of the figure has at least: fewer are mostly noise
 WAYS = ("generation", "likelihood")
 
 
@@ -25,7 +26,7 @@ def summarise(rows: pa.Table, reduce: str, problems: Sequence[str], seed: int) -
     asked = picked(rows, what="asked")
     refuse_nothing(rows, len(asked))
     right = np.array(asked["right"].to_pylist())
-    chosen = {"generation": _generated(asked), "likelihood": _likely(asked, reduce)}
+    chosen = {way: _chosen(asked, way, reduce) for way in WAYS}
     hits = {way: chosen[way] == right for way in WAYS}
     sure = np.array([_softmax(one).max() for one in _scores(asked, reduce)])
     turned, hidden = picked(rows, what="turned"), picked(rows, what="blind")
@@ -43,6 +44,7 @@ def summarise(rows: pa.Table, reduce: str, problems: Sequence[str], seed: int) -
         "confidence": average("confidence", sure.tolist(), seed).as_dict(),
         "turned": {way: _turned(turned, way, reduce, seed) for way in WAYS} if len(turned) else None,
         "blind": _blind(hidden, reduce) if len(hidden) else None,
+        "gain": _gain(asked, hidden, reduce, seed) if len(hidden) else None,
         "kinds": _kinds(asked["kind"].to_pylist(), hits),
     }  # fmt: skip
 
@@ -75,7 +77,7 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 def _bins(sure: np.ndarray, hits: np.ndarray) -> list[dict[str, Any]]:
     found = []
-    for one in bins(sure, hits):
+    for one in bins(sure, hits, max(2, min(BINS, len(sure) // LEAST))):
         low, high = wilson(one.hits, one.n)
         found.append({"n": one.n, "confidence": one.confidence, "accuracy": one.accuracy, "low": low, "high": high})
     return found
@@ -83,7 +85,7 @@ def _bins(sure: np.ndarray, hits: np.ndarray) -> list[dict[str, Any]]:
 
 def _turned(rows: pa.Table, way: str, reduce: str, seed: int) -> dict[str, Any]:
     """Accuracy over every order of the options, in every one of them, and the place that is chosen whatever stands there."""
-    chosen = _generated(rows) if way == "generation" else _likely(rows, reduce)
+    chosen = _chosen(rows, way, reduce)
     names, counts, right, turns = (rows[name].to_pylist() for name in ("example", "count", "right", "rotation"))
     hits: dict[str, list[bool]] = {}
     places: dict[str, np.ndarray] = {}
@@ -115,6 +117,28 @@ def _blind(rows: pa.Table, reduce: str) -> dict[str, Any]:
     }
 
 
+def _gain(asked: pa.Table, hidden: pa.Table, reduce: str, seed: int) -> dict[str, Any]:
+    """What the picture adds to the accuracy of each way, on the questions that were asked with it and without."""
+    made = {}
+    for way in WAYS:
+        first, second = (
+            dict(
+                zip(rows["example"].to_pylist(), _chosen(rows, way, reduce) == np.array(rows["right"].to_pylist()), strict=True)
+            )
+            for rows in (asked, hidden)
+        )
+        shared = [name for name in first if name in second]
+        x, y = (np.array([table[name] for name in shared], dtype=bool) for table in (first, second))
+        found = paired_difference(x.astype(float), y.astype(float), seed)
+        low, high = ends(float(found.low), float(found.high))
+        made[way] = {"value": float(found.value), "low": low, "high": high, "p": mcnemar(x, y), "n": len(shared)}
+    return made
+
+
+def _chosen(rows: pa.Table, way: str, reduce: str) -> np.ndarray:
+    return _generated(rows) if way == "generation" else _likely(rows, reduce)
+
+
 def _kinds(kinds: Sequence[str], hits: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
         name: {way: _share(f"{name} by {way}", hits[way][[kind == name for kind in kinds]]) for way in WAYS}
@@ -128,7 +152,8 @@ def _kinds(kinds: Sequence[str], hits: dict[str, np.ndarray]) -> dict[str, Any]:
 def figures(run: Run, summary: Summary) -> None:
     """Accuracy in all readings, calibration, the place of what is chosen, and accuracy by kind of question."""
     run.figure(
-        "accuracy", *_both("accuracy", {way: _cases(summary, way) for way in WAYS}, "share of questions", summary["chance"])
+        "accuracy",
+        *_both("accuracy", {way: _cases(summary, way) for way in WAYS}, "share of questions", summary["n"], summary["chance"]),
     )
     run.figure("calibration", *_calibration(summary))
     if turned := summary["turned"]:
@@ -136,16 +161,19 @@ def figures(run: Run, summary: Summary) -> None:
         places = {way: {f"option {i + 1}": one for i, one in enumerate(turned[way]["places"])} for way in WAYS}
         if any(drawable(one) for one in places.values()):
             line = equal.pop() if len(equal) == 1 else None
-            run.figure("places", *_both("where the chosen option stood", places, "share of the choices made", line))
+            run.figure(
+                "places", *_both("where the chosen option stood", places, "share of the choices made", summary["n"], line)
+            )
     if len(summary["kinds"]) > 1:
-        kinds = {way: {name: one[way] for name, one in summary["kinds"].items()} for way in WAYS}
-        run.figure("kinds", *_both("accuracy by kind", kinds, "share of questions"))
+        kinds = {way: {f"{name} ({one[way]['n']})": one[way] for name, one in summary["kinds"].items()} for way in WAYS}
+        run.figure("kinds", *_both("accuracy by kind", kinds, "share of questions", summary["n"]))
 
 
-def _both(title: str, found: dict[str, dict[str, Any]], axis: str, line: float | None = None) -> tuple[Any, Any]:
+def _both(title: str, found: dict[str, dict[str, Any]], axis: str, n: int, line: float | None = None) -> tuple[Any, Any]:
     """Scores of both ways beside each other."""
     series = [(way, drawable(scores), colour(i)) for i, (way, scores) in enumerate(found.items())]
-    return values([(title, series)], f"{axis}, 95 % interval", line=line)
+    told = f"n = {n} questions" + ("" if line is None else f"; dotted: guessing, {line:.2f}")
+    return noted(values([(title, series)], f"{axis}, 95 % interval", line=line), told)
 
 
 def _cases(summary: Summary, way: str) -> dict[str, Any]:
@@ -161,9 +189,11 @@ def _calibration(summary: Summary) -> tuple[Any, Any]:
         ("accuracy", {"mean": [b["accuracy"] for b in found], "low": [b["low"] for b in found], "high": [b["high"] for b in found]}, colour(0), False),
         ("confidence", {"mean": [b["confidence"] for b in found]}, colour(1), True),
     ]  # fmt: skip
-    return curves(
-        [("calibration of likelihood", lines)], [range(1, len(found) + 1)], "tenth of the questions, least sure first", "share"
-    )
+    drawn = curves(
+        [("calibration of likelihood", lines)], [range(1, len(found) + 1)], f"{len(found)} bins of equal size, least sure first", "share"
+    )  # fmt: skip
+    each = sorted({b["n"] for b in found})
+    return noted(drawn, f"n = {summary['n']} questions, {' or '.join(map(str, each))} in a bin; band: Wilson, 95 %")
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -188,8 +218,7 @@ def report(summary: Summary) -> str:
         "| reduce | accuracy |", "|---|---|", *(f"| {name} | {_said(one)} |" for name, one in summary["by_reduce"].items()), "",
     ]  # fmt: skip
     if summary["blind"]:
-        lines += [f"Without the picture it is {_said(summary['blind']['generation'])} by generation and {_said(summary['blind']['likelihood'])} by likelihood: what is "
-                  "above guessing there needs no picture.", ""]  # fmt: skip
+        lines += [_blind_words(summary), ""]
     lines += ["## How sure it is", "", "![calibration](figures/calibration.png)", "",
               f"The mean confidence, the softmax over the options, is {_said(summary['confidence'])}; the expected calibration error over ten bins of equal mass is "
               f"{_said(summary['ece'])}. With {summary['n'] / 10:.0f} questions in a bin some of it is noise: a perfectly calibrated model would not show zero.", ""]  # fmt: skip
@@ -201,6 +230,22 @@ def report(summary: Summary) -> str:
     if what:
         lines += [f"{len(what)} examples could not be used:", "", *(f"- {text}" for text in what[:20]), ""]
     return "\n".join(lines)
+
+
+def _blind_words(summary: Summary) -> str:
+    """Accuracy without the picture beside guessing, and what the picture adds on the same questions."""
+    told = [
+        f"{_said(summary['blind'][way])} by {way}, the picture adding {bracketed(gain, '+.3f')} on the same {gain['n']} "
+        f"questions (McNemar p = {gain['p']:.2g})"
+        for way, gain in summary["gain"].items()
+    ]
+    better = [way for way in WAYS if above(summary["blind"][way], summary["chance"])]
+    verdict = (
+        f"By {' and by '.join(better)} some of it needs no picture, being above guessing without one."
+        if better
+        else f"Neither is above guessing ({summary['chance']:.3f}) within its interval, so that nothing is shown to need no picture."
+    )
+    return f"Without the picture it is {'; '.join(told)}. {verdict}"
 
 
 def _order_words(summary: Summary) -> list[str]:

@@ -18,7 +18,7 @@ from probe.analysis.patching import effect, logit_difference
 from probe.edits import Patch, window
 from probe.errors import DataError, SightlineError, StudyError, did_you_mean
 from probe.example import Example
-from probe.patching import SITES, STREAM, Activations, Attribution, attribute, capture, patches
+from probe.patching import SITES, STREAM, Activations, Attribution, attribute, capture, nudges, patches
 from probe.replay import sweep
 from probe.subject import Encoded, Subject
 from studies.data import Data
@@ -33,6 +33,7 @@ SCHEMA = pa.schema([
     *((name, pa.float64()) for name in ("clean", "corrupt", "patched", "effect", "p_clean", "attribution", "integrated")),
     ("text", pa.string()), ("reason", pa.string()),
 ])  # fmt: skip
+NUDGED = "nudged"  # the object's positions, changed by as much in a random direction: no group of positions, but a control
 WINDOWED = ("attn_out", "mlp_out")  # a state put into the stream takes the place of all that earlier layers added
 
 
@@ -61,13 +62,15 @@ class Site:
     positions: np.ndarray
     head: int = -1
 
-    def patch(self, clean: Activations, row: int) -> tuple[Patch, ...]:
+    def patch(self, clean: Activations, corrupt: Activations, row: int, seed: Sequence[int]) -> tuple[Patch, ...]:
+        if self.group == NUDGED:
+            return nudges(clean, corrupt, row, self.point, self.layers, self.positions.tolist(), seed)
         heads = None if self.head < 0 else [self.head]
         return patches(clean, row, self.point, self.layers, self.positions.tolist(), heads)
 
     def estimate(self, found: dict[str, torch.Tensor], row: int) -> float | None:
         """The first-order effect in logits; None where several layers are patched together, or nothing was estimated."""
-        if not found or self.what not in ("site", "head"):
+        if not found or self.what not in ("site", "head") or self.group == NUDGED:
             return None
         scores = found[self.point][self.layer, row, self.positions]
         return float((scores[:, self.head] if self.head >= 0 else scores).sum())
@@ -182,13 +185,14 @@ def _patched(setting: Setting, pairs: list[Pair], tokens: list[tuple[int, int]],
     subject = setting.subject
     clean_encoded = subject.encode([pair.clean for pair in pairs], setting.padding)
     encoded = subject.encode([pair.corrupt for pair in pairs], setting.padding)
-    clean = capture(subject, clean_encoded)
+    clean, corrupt = capture(subject, clean_encoded), capture(subject, encoded, STREAM)
     estimated = attribute(subject, encoded, clean, tokens, SITES, plan.steps)
     sites = [
         list(_sites(groups_of(pair, clean_encoded, encoded, i, plan.seed), encoded, i, subject, plan))
         for i, pair in enumerate(pairs)
     ]
-    entries = iter([[site.patch(clean, i) for site in each] for i, each in enumerate(sites)])
+    seeds = [[plan.seed, *pair.clean.id.encode()] for pair in pairs]
+    entries = iter([[site.patch(clean, corrupt, i, seeds[i]) for site in each] for i, each in enumerate(sites)])
     swept = sweep(subject, encoded, lambda _: next(entries), method=plan.method)  # type: ignore[arg-type]
     return [
         row for i, pair in enumerate(pairs)
@@ -200,7 +204,7 @@ def _sites(groups: dict[str, np.ndarray], encoded: Encoded, row: int, subject: S
     """Everything that is patched in one example. First all positions as they enter layer 0, which gives back the clean run."""
     layers = range(subject.n_layers)
     yield Site("all", "resid_pre", "real", 0, range(1), encoded.maps[row].positions("real"))
-    for group, positions in groups.items():
+    for group, positions in {**groups, NUDGED: groups["object"]}.items():
         if not len(positions):
             continue
         for point in STREAM:

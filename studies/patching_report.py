@@ -67,7 +67,7 @@ def summarise(rows: pa.Table, broken: Mapping[str, str], n_layers: int, seed: in
         "sites": sites,
         "windows": {point: _groups(table, "window", point, seed) for point in STREAM if ("window", point, "last", -1) in table.parts},
         "control": _control(table, seed), "kinds": _kinds(table, seed), "heads": _heads(table, seed),
-        "agreement": _agreement(table, seed), "scatter": _scatter(table),
+        "agreement": _agreement(table, seed), "scatter": _scatter(table, seed),
         "difference_clean": interval(found["clean"].to_numpy(), seed), "difference_corrupt": interval(found["corrupt"].to_numpy(), seed),
         "all_max_error": float(np.abs(every - 1).max()),
     }  # fmt: skip
@@ -76,7 +76,7 @@ def summarise(rows: pa.Table, broken: Mapping[str, str], n_layers: int, seed: in
 def _groups(table: Table, what: str, point: str, seed: int) -> dict[str, Any]:
     """The curve of each group that any pair has."""
     made = {}
-    for group in GROUPS:
+    for group in (*GROUPS, "nudged"):
         values = _known(table.values(what, point, group))
         if len(values):
             made[group] = curve(values, seed=seed)
@@ -98,22 +98,26 @@ def _headline(table: Table, seed: int) -> Summary:
     own, control = _early(table, "object"), _early(table, "random")
     both = ~np.isnan(own - control)
     gap = (own - control)[both]
+    nudged = _early(table, "nudged")
+    beyond = (own - nudged)[~np.isnan(own - nudged)]
     last, carried = table.values("site", "resid_pre", "last"), table.values("site", "resid_pre", "object")
     moved = handover(_known(carried), last[~np.isnan(carried).all(1)], seed) if both.any() else None
     return {
         "early_layers": max(1, len(table.layers) // 4),
         "object_early": interval(own, seed), "random_early": interval(control, seed),
         "object_above_random": {**interval(gap, seed), "p_value": float(sign_flip(gap, seed)) if len(gap) > 1 else None},
+        "nudged_early": interval(nudged, seed),
+        "object_above_nudged": {**interval(beyond, seed), "p_value": float(sign_flip(beyond, seed)) if len(beyond) > 1 else None},
         "last_early": interval(_early(table, "last"), seed), "last_final": interval(last[:, -1], seed),
         "handover": None if moved is None else moved._asdict(),
     }  # fmt: skip
 
 
 def _control(table: Table, seed: int) -> dict[str, Any]:
-    """Object minus random positions, pair by pair, at each point and layer; q-values over all of them."""
+    """Object minus each control, pair by pair, at each point and layer; q-values over all of them."""
     gaps = {
-        f"{what} {point}": _known(table.values(what, point, "object") - table.values(what, point, "random"))
-        for what in ("site", "window") for point in STREAM
+        f"{what} {point}{name}": _known(table.values(what, point, "object") - table.values(what, point, arm))
+        for arm, name in (("random", ""), ("nudged", " nudged")) for what in ("site", "window") for point in STREAM
     }  # fmt: skip
     gaps = {name: gap for name, gap in gaps.items() if len(gap) > 1}
     if not gaps:
@@ -130,7 +134,7 @@ def _kinds(table: Table, seed: int) -> dict[str, Any]:
         own = np.array([other == kind for other in table.kinds])
         made[kind] = {
             "n": int(own.sum()), "object": interval(_early(table, "object")[own], seed),
-            "random": interval(_early(table, "random")[own], seed), "last": interval(final[own], seed),
+            "random": interval(_early(table, "random")[own], seed), "nudged": interval(_early(table, "nudged")[own], seed), "last": interval(final[own], seed),
         }  # fmt: skip
     return made
 
@@ -177,25 +181,30 @@ def _agreement(table: Table, seed: int) -> dict[str, Any]:
     return made
 
 
-def _scatter(table: Table) -> dict[str, dict[str, list[list[float]]]]:
-    """Mean exact effects and mean estimates of each group, layer by layer."""
-    made: dict[str, dict[str, list[list[float]]]] = {}
+def _scatter(table: Table, seed: int) -> dict[str, dict[str, Any]]:
+    """Exact effects and estimates of each group, layer by layer: means over pairs (exact estimate) and the ends of their intervals."""
+    made: dict[str, dict[str, Any]] = {}
     for point in STREAM:
         for group in GROUPS:
-            exact, estimate = (_known(table.values("site", point, group, column)) for column in ("effect", "attribution"))
-            if len(exact) and group != "random":
-                made.setdefault(point, {})[group] = [exact.mean(0).tolist(), estimate.mean(0).tolist()]
+            both = [_known(table.values("site", point, group, column)) for column in ("effect", "attribution")]
+            if len(both[0]) and group != "random":
+                curves = [curve(values, seed=seed) for values in both]
+                made.setdefault(point, {})[group] = {
+                    "mean": [one["mean"] for one in curves], "low": [one["low"] for one in curves], "high": [one["high"] for one in curves],
+                    "n": len(both[0]),
+                }  # fmt: skip
     return made
 
 
 def figures(run: Run, summary: Summary) -> None:
     """The figures of a run."""
+    n = summary["n"]
     drawn: Sequence[tuple[str, Any]] = (
-        ("sites", plots.sites(summary["sites"])), ("object-and-control", plots.controlled(summary["sites"])),
-        ("windows", plots.sites(summary["windows"], windowed=True)),
-        ("windows-and-control", plots.controlled(summary["windows"], windowed=True)),
-        ("heads", plots.heads(summary["heads"]["mean"])), ("exact-and-estimate", plots.scatter(summary["scatter"])),
-        ("agreement", plots.agreement(summary["agreement"])),
+        ("sites", plots.sites(summary["sites"], n)), ("object-and-control", plots.controlled(summary["sites"], n)),
+        ("windows", plots.sites(summary["windows"], n, windowed=True)),
+        ("windows-and-control", plots.controlled(summary["windows"], n, windowed=True)),
+        ("heads", plots.heads(summary["heads"])), ("exact-and-estimate", plots.scatter(summary["scatter"], n)),
+        ("agreement", plots.agreement(summary["agreement"], n)),
     )  # fmt: skip
     for name, pair in drawn:
         run.figure(name, *pair)

@@ -10,13 +10,13 @@ from studies.telling import above, ranged
 FIGURES = (
     ("sites", "Mean effect of each group of positions at each layer. A state put into the residual stream stands for all that came "
               "before it; what attention or feed-forward add is one layer's own share."),
-    ("object-and-control", "The object beside as many random positions of its kind (the null), all others, and the last position, with 95 % bootstrap "
-                           "intervals over pairs."),
+    ("object-and-control", "The object beside its two controls (a random direction of equal size at its own positions, and as many random positions), all "
+                           "others, and the last position, with 95 % bootstrap intervals over pairs."),
     ("windows", "The same with the blocks of {window} layers patched together: one layer is often too little to carry a fact."),
     ("windows-and-control", "Windows of layers, with the control and intervals."),
-    ("heads", "Each head's output at the last position, put back alone."),
+    ("heads", "Each head's output at the last position, put back alone: means on the left, and the strongest with 95 % bootstrap intervals over pairs."),
     ("exact-and-estimate", "First-order estimates of all sites from one pass forward and back, against the exact effects; the dotted line is "
-                           "where both are the same. One mark is one group at one layer, mean over pairs."),
+                           "where both are the same. One mark is one group at one layer, mean over pairs, with the exact effect's interval."),
     ("agreement", "Their correlation over pairs and groups (over pairs and heads for the heads), layer by layer, with intervals over pairs."),
 )  # fmt: skip
 
@@ -40,21 +40,28 @@ def _span(one: dict[str, Any], digits: int = 2) -> str:
 
 
 def _answer(summary: Summary) -> str:
-    own, gap = summary["object_early"], summary["object_above_random"]
+    own = summary["object_early"]
     if own["value"] is None:
         return "No pair says where its changed object is, so that nothing is claimed about it; the other groups are below."
     early = f"the first {summary['early_layers']} layers" if summary["early_layers"] > 1 else "the first layer"
-    beside = (
+    told = (
         f"The clean run's states at the changed object's positions, put into the corrupt run in {early}, bring back {_span(own)} of the difference "
-        f"between the two answers; as many random positions of the same kind bring back {_span(summary['random_early'])} "
-        f"(n = {gap['n']}, 95 % bootstrap intervals over pairs)."
+        f"between the two answers. The same positions changed by as much in a random direction bring back {_span(summary['nudged_early'])}, and as many "
+        f"random positions of the same kind {_span(summary['random_early'])} (n = {own['n']}, 95 % bootstrap intervals over pairs). The two pictures of a "
+        "pair can be alike everywhere else, so that random positions have next to nothing to bring back early on: that control says where the two runs "
+        "differ, the change of equal size says whether it matters what is put there."
     )
-    if gap["value"] is None:
-        return beside
-    if above(gap):
-        test = "" if gap["p_value"] is None else f", one-sided sign-flip p = {gap['p_value']:.4f}"
-        return f"**The fact is at the object.** {beside} The gap is {_span(gap)}{test}."
-    return f"**The object's positions are not told apart from the control.** {beside} The gap is {_span(gap)}."
+    gaps = {"the change of equal size": summary["object_above_nudged"], "random positions": summary["object_above_random"]}
+    known = {name: gap for name, gap in gaps.items() if gap["value"] is not None}
+    if not known:
+        return told
+    beside = "; ".join(
+        f"above {name} by {_span(gap)}" + ("" if gap["p_value"] is None else f" (one-sided sign-flip p = {gap['p_value']:.4f})")
+        for name, gap in known.items()
+    )
+    if all(above(gap) for gap in known.values()):
+        return f"**The fact is at the object.** {told} It is {beside}."
+    return f"**The object's positions are not told apart from every control.** {told} The object is {beside}."
 
 
 def _moves(summary: Summary) -> str:
@@ -93,12 +100,12 @@ def _kinds(summary: Summary) -> list[str]:
     if not summary["kinds"]:
         return []
     rows = [
-        f"| {kind} | {one['n']} | {_span(one['object'])} | {_span(one['random'])} | {_span(one['last'])} |"
+        f"| {kind} | {one['n']} | {_span(one['object'])} | {_span(one['nudged'])} | {_span(one['random'])} | {_span(one['last'])} |"
         for kind, one in summary["kinds"].items()
     ]
     return [
-        "| question | pairs | object, early | random control, early | last position, last layer |",
-        "|---|---|---|---|---|",
+        "| question | pairs | object, early | equal change, early | random positions, early | last position, last layer |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from probe.analysis.stats import benjamini_hochberg, correlate, ends, mcnemar, paired_difference
-from probe.plots.panels import colour, values
+from probe.plots.panels import colour, noted, values
 from studies.run import Run
 from studies.study import Setting, Summary
 from studies.tasks.scores import Score, drawable
@@ -145,16 +145,24 @@ def figures(run: Run, summary: Summary) -> None:
             for i, (name, found) in enumerate(models.items())
         ]  # fmt: skip
         splits.append((TITLES[key], series))
-    run.figure("splits", *values(splits[:3], "share of questions, 95 % interval"))
-    run.figure("answers", *values(splits[3:], "value, 95 % interval"))
+    counts = next(iter(models.values()))["splits"]
+    asked = "n = " + ", ".join(f"{one['accuracy']['n']} {split}" for split, one in counts.items())
+    run.figure("splits", *noted(values(splits[:3], "share of questions, 95 % interval"), asked))
+    run.figure("answers", *noted(values(splits[3:], "value, 95 % interval"), asked))
     objects = list(next(iter(models.values()))["objects"])[:OBJECTS]
     by_object = [
         (TITLES[key], [(name, drawable({o: found["objects"].get(o, {}).get(key) for o in objects}), colour(i)) for i, (name, found) in enumerate(models.items())])
         for key in ("hallucination", "accuracy")
     ]  # fmt: skip
-    run.figure("objects", *values(by_object, "share of questions, 95 % interval"))
+    run.figure("objects", *noted(values(by_object, "share of questions, 95 % interval"), _things(objects, models)))
     if any(found["score"]["same"]["value"] is not None for found in models.values()):
         run.figure("alignment", *_alignment(models))
+
+
+def _things(objects: Sequence[str], models: dict[str, Any]) -> str:
+    found = next(iter(models.values()))["objects"]
+    counts = [found[name]["n"] for name in objects]
+    return f"n = {sum(counts)} questions, {min(counts)} to {max(counts)} for each thing"
 
 
 def _alignment(models: dict[str, Any]) -> tuple[Any, Any]:
@@ -165,7 +173,8 @@ def _alignment(models: dict[str, Any]) -> tuple[Any, Any]:
             ("affirmed though absent", lambda found: found["splits"]["all"]["hallucination"]),
         )
     ]  # fmt: skip
-    return values(panels, "value, 95 % interval", share=False)
+    told = ", ".join(f"{found['score']['same']['n']} ({name})" for name, found in models.items())
+    return noted(values(panels, "value, 95 % interval", share=False), f"n = {told}")
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,11 @@ def wanda_kept(
     return kept.scatter(1, score.sort(dim=1, stable=True).indices[:, :count], False)
 
 
+def magnitude_kept(weight: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
+    """Which weights are kept by their magnitude alone: what Wanda keeps when every input is as large as every other."""
+    return wanda_kept(weight, torch.ones(weight.shape[1], device=weight.device), sparsity)
+
+
 def iou(a: Bool[Tensor, "out in"], b: Bool[Tensor, "out in"]) -> float:
     """Intersection over union of the kept weights."""
     return float((a & b).sum() / (a | b).sum().clamp(min=1))

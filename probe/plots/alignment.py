@@ -6,12 +6,18 @@ from typing import Any
 import numpy as np
 
 from probe.plots import panels
-from probe.plots.panels import GREY, Pair, reach
+from probe.plots.panels import GREY, Line, Pair, reach
 from probe.plots.style import COLOURS, LAYOUT, styled, ticks
 
 Summary = Mapping[str, Any]
 TINT = {"image": COLOURS[0], "video": COLOURS[1], "audio": COLOURS[2], "text": COLOURS[3]}
-PLANE_COLOURS = {"perceptual": COLOURS[0], "textual": COLOURS[1]}
+BANDS = "bands: 95 % bootstrap intervals over examples"
+
+
+def _counted(summary: Summary, about: str = "") -> str:
+    """How many examples of each modality a figure is over."""
+    counts = ", ".join(f"{one['n']} {_title(name).lower()}" for name, one in summary["modalities"].items())
+    return f"n = {counts}{about and f'; {about}'}"
 
 
 def _states(count: int) -> list[int]:
@@ -27,7 +33,8 @@ def similarity(summary: Summary) -> Pair:
         if found["unmatched"]["mean"] is not None:
             lines.append(("the words of other examples", found["unmatched"], GREY, True))
         if one["within"]["perceptual"] is not None:
-            lines.append(("perceptual tokens of other examples", {"mean": one["within"]["perceptual"]}, COLOURS[2], True))
+            within = one["within_interval"]["perceptual"] or {"mean": one["within"]["perceptual"]}
+            lines.append(("perceptual tokens of other examples", within, COLOURS[2], True))
         drawn.append((f"{_title(name)} (n = {one['n']})", lines))
         x.append(_states(len(found["matched"]["mean"])))
     return panels.curves(drawn, x, "state (0 enters the model)", "cosine of mean tokens")
@@ -62,7 +69,8 @@ def sites(summary: Summary) -> Pair:
             axis.axhline(0, color="#888888", linewidth=0.8)
         axes[0].set_ylabel("cosine of mean tokens")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure, _sites_page(modalities, names)
+    text = _counted(summary, "layers averaged; bars: 95 % bootstrap intervals over examples")
+    return panels.noted((figure, _sites_page(modalities, names)), text)
 
 
 def _sites_page(modalities: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -88,7 +96,8 @@ def spaces(summary: Summary) -> Pair:
     found = summary["spaces"]
     titles = [f"{name} (state {index})" for name, index in found["states"].items()]
     kinds = _short(found["kinds"])
-    return panels.tables(titles, list(found["tables"].values()), kinds, kinds, (-1.0, 1.0), "RdBu_r", "cosine")
+    drawn = panels.tables(titles, list(found["tables"].values()), kinds, kinds, (-1.0, 1.0), "RdBu_r", "cosine")
+    return panels.noted(drawn, _counted(summary, "means over all pairs of examples"))
 
 
 def _short(kinds: Sequence[str]) -> list[str]:
@@ -111,7 +120,7 @@ def plane(summary: Summary) -> Pair:
                 axis.set(title=f"state {state}" if row == 0 else "", xticks=[], yticks=[], ylabel=way if column == 0 else "")
                 axis.grid(False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, markerscale=2)
-    return figure, _plane_page(clouds, states, kinds)
+    return panels.noted((figure, _plane_page(clouds, states, kinds)), _counted(summary, "one mark is one example's mean token"))
 
 
 def _kind(kind: tuple[str, str]) -> str:
@@ -174,8 +183,8 @@ def norms(summary: Summary) -> Pair:
     figure, page = panels.curves(drawn, x, "state (0 enters the model)", "median norm", share=False)
     figure.axes[1].set_ylabel("cosine with itself")
     page.update_yaxes(title_text="cosine with itself", col=2)
-    figure.set_size_inches(8.6, 3.9)
-    return figure, page
+    figure.set_size_inches(8.6, 4.1)
+    return panels.noted((figure, page), _counted(summary, BANDS))
 
 
 def vocabulary(summary: Summary) -> Pair:
@@ -193,51 +202,80 @@ def vocabulary(summary: Summary) -> Pair:
     )  # fmt: skip
     figure.axes[1].set_ylabel("nats")
     page.update_yaxes(title_text="nats", col=2)
-    figure.set_size_inches(8.6, 3.9)
-    return figure, page
+    figure.set_size_inches(8.6, 4.1)
+    counts = ", ".join(
+        f"{one['words']['same']['js_of_means']['n']} {_title(name).lower()}" for name, one in summary["modalities"].items()
+    )
+    return panels.noted((figure, page), f"n = {counts}; {BANDS}")
 
 
 def weights(summary: Summary) -> Pair:
-    """Left, how far the subnetworks of two kinds of tokens overlap; right, the least and the mean overlap by layer, beside chance."""
+    """Left, how far the subnetworks of two kinds of tokens overlap, and how far with one's inputs permuted or none; right, by layer."""
     found = summary["weights"]
-    curves_ = np.array(list(found["by_layer"].values()))
     layers, kinds = found["layers"], found["kinds"]
-    table = np.array(found["table"], dtype=float)
-    short = _short(kinds)
+    table = _halves(found)
+    rows, columns = _short(kinds), [*_short(kinds), "|W| alone"]
     with styled() as figure_class:
-        figure = figure_class(figsize=(10.0, max(3.2, 0.42 * len(kinds) + 1.7)))
+        figure = figure_class(figsize=(10.0, max(3.6, 0.42 * len(kinds) + 2.0)))
         left, right = figure.subplots(1, 2)
-        drawn = left.imshow(table, vmin=found["chance"], vmax=1, cmap="Blues")
-        for i in range(len(kinds)):
-            for j in range(len(kinds)):
-                if np.isfinite(table[i, j]):
-                    dark = table[i, j] > 0.4 * found["chance"] + 0.6
-                    left.text(
-                        j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "#222222"
-                    )
-        left.set(title="Overlap of kept weights", xticks=range(len(kinds)), yticks=range(len(kinds)))
-        left.set_xticklabels(short, rotation=90)
-        left.set_yticklabels(short)
+        drawn = left.imshow(table, vmin=found["chance"], vmax=1, cmap="Blues", aspect="auto")
+        for i, j in np.argwhere(np.isfinite(table)):
+            dark = table[i, j] > 0.4 * found["chance"] + 0.6
+            left.text(j, i, f"{table[i, j]:.3f}", ha="center", va="center", fontsize=7, color="white" if dark else "#222222")
+        left.set(title=HALVES, xticks=range(len(columns)), yticks=range(len(rows)))
+        left.set_xticklabels(columns, rotation=90 if len(columns) > 4 else 0)
+        left.set_yticklabels(rows)
         left.grid(False)
-        figure.colorbar(drawn, ax=left, shrink=0.8, label=f"IoU (from chance, {found['chance']:.2f})")
-        right.plot(layers, curves_.mean(0), marker="o", color=COLOURS[0], label="mean over pairs of kinds")
-        right.plot(layers, curves_.min(0), marker="o", linestyle="--", color=COLOURS[1], label="least of them")
+        figure.colorbar(drawn, ax=left, shrink=0.8, label=f"IoU (from two random masks, {found['chance']:.2f})")
+        for name, curve, colour, dashed in _overlap_lines(found):
+            right.plot(layers, curve["mean"], marker="o", color=colour, linestyle="--" if dashed else "-", label=name)
+            if "low" in curve:
+                right.fill_between(layers, curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
         right.axhline(found["chance"], color="#555555", linewidth=1.0, linestyle=":", label="two random masks")
-        right.set(title="By layer", xlabel="layer", ylabel="IoU", xticks=ticks(layers), ylim=(0, 1.02))
-        right.legend(loc="lower right")
-    return figure, _weights_page(found, curves_, table, short)
+        right.set(title="Perceptual against textual, by layer", xlabel="layer", ylabel="IoU", xticks=ticks(layers))
+        right.set_ylim(found["chance"] - 0.05, 1.02)
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    note = f"n = {found['n_matrices']} matrices; bands: 95 % bootstrap intervals over a layer's matrices"
+    return panels.noted((figure, _weights_page(found, table, rows, columns)), note)
 
 
-def _weights_page(found: Mapping[str, Any], curves_: np.ndarray, table: np.ndarray, short: Sequence[str]) -> Any:
+HALVES = "Overlap of kept weights\n(below the diagonal: inputs permuted)"
+
+
+def _halves(found: Mapping[str, Any]) -> np.ndarray:
+    """Pairs of kinds above the diagonal, with permuted inputs below it, and beside them each kind against the magnitudes alone."""
+    own, permuted = (np.array(found[name], dtype=float) for name in ("table", "permuted_table"))
+    both = np.where(np.tri(len(own), dtype=bool), permuted, own)
+    return np.column_stack([both, found["magnitude_by_kind"]])
+
+
+def _overlap_lines(found: Mapping[str, Any]) -> list[Line]:
+    """Lines by layer; the least pair only where there are several."""
+    lines: list[Line] = [
+        (name, found["across_by_layer"][key], colour, dashed)
+        for name, key, colour, dashed in (
+            ("both kinds' own inputs", "own", COLOURS[0], False), ("one's inputs permuted", "permuted", GREY, True),
+            ("either against |W| alone", "magnitude", COLOURS[4], True),
+        )
+        if found["across_by_layer"][key] is not None
+    ]  # fmt: skip
+    if len(found["by_layer"]) > 1:
+        lines.append(("least of any two kinds", {"mean": found["least_by_layer"]}, COLOURS[1], True))
+    return lines
+
+
+def _weights_page(found: Mapping[str, Any], table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
     from plotly.subplots import make_subplots
 
-    page = make_subplots(rows=1, cols=2, subplot_titles=["Overlap of kept weights", "By layer"])
+    page = make_subplots(rows=1, cols=2, subplot_titles=[HALVES.replace("\n", " "), "Perceptual against textual, by layer"])
     page.add_heatmap(
-        z=table, x=list(short), y=list(short), colorscale="Blues", zmin=found["chance"], zmax=1, texttemplate="%{z:.2f}", showscale=False,
+        z=table, x=list(columns), y=list(rows), colorscale="Blues", zmin=found["chance"], zmax=1, texttemplate="%{z:.3f}", showscale=False,
         row=1, col=1,
     )  # fmt: skip
-    for name, curve in zip(found["by_layer"], curves_, strict=True):
-        page.add_scatter(x=found["layers"], y=curve, name=name, row=1, col=2)
+    for name, curve, colour, dashed in _overlap_lines(found):
+        page.add_scatter(
+            x=found["layers"], y=curve["mean"], name=name, line={"color": colour, "dash": "dash" if dashed else "solid"}, row=1, col=2,
+        )  # fmt: skip
     page.add_hline(y=found["chance"], line_dash="dot", annotation_text="two random masks", row=1, col=2)
     page.update_yaxes(autorange="reversed", row=1, col=1)
     return page.update_layout(**{**LAYOUT, "hovermode": "closest"}, height=460)
@@ -253,7 +291,7 @@ def members(summary: Summary) -> Pair:
     ]
     readings = [("input", "tokens as they enter the model"), ("same", "tokens of the same layer")]
     with styled() as figure_class:
-        figure = figure_class(figsize=(8.2, 3.1 * len(skills) + 0.5))
+        figure = figure_class(figsize=(8.8, 3.5 * len(skills) + 0.5))
         axes = figure.subplots(len(skills), 2, sharey="row", squeeze=False)
         for row, (skill, title) in enumerate(skills):
             for column, (reading, meant) in enumerate(readings):
@@ -270,7 +308,9 @@ def members(summary: Summary) -> Pair:
 def _sentence(line: Mapping[str, Any]) -> str:
     if line["pearson"] is None:
         return f"r: not defined (n = {line['n']})"
-    return f"r = {line['pearson']:.2f} [{line['low']:.2f}, {line['high']:.2f}], n = {line['n']}"
+    return (
+        f"r = {line['pearson']:.2f} [{line['low']:.2f}, {line['high']:.2f}]\np = {line['p_value']:.3f}, n = {line['n']} models"
+    )
 
 
 def _scatter(axis: Any, found: Sequence[Mapping[str, Any]], reading: str, skill: str) -> None:
@@ -281,23 +321,33 @@ def _scatter(axis: Any, found: Sequence[Mapping[str, Any]], reading: str, skill:
         )  # fmt: skip
     axis.margins(0.2)
     axis.autoscale_view()
-    _name_points(axis, [(m[reading]["value"], m[skill]["value"], m["name"].removeprefix("demo:")) for m in found])
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(max(bottom, -0.08), min(top, 1.08))  # shares: nothing lies beyond 0 and 1
+    named = [(m[reading]["value"], m[skill]["value"], m["name"].removeprefix("demo:")) for m in found]
+    _name_points(axis, named, [(m[reading], m[skill]) for m in found])
 
 
-def _name_points(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside points, each where it covers no point and no name before it: right or left of it, then further up or down."""
+def _name_points(
+    axis: Any, points: Sequence[tuple[float, float, str]], bars: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
+) -> None:
+    """Names beside points, each where it covers no point, no interval and no name before it."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     # Shares of the axis: a letter of 7 points is about 0.017 of it wide, and a line 0.06 high.
     spots = [((x - left) / (right - left), (y - bottom) / (top - bottom), name) for x, y, name in points]
     taken = [(u - 0.012, v - 0.02, u + 0.012, v + 0.02) for u, v, _ in spots]
+    for (u, v, _), (x, y) in zip(spots, bars, strict=True):
+        (less, more), (down, up) = np.nan_to_num(reach(x)) / (right - left), np.nan_to_num(reach(y)) / (top - bottom)
+        taken += [(u - less, v - 0.01, u + more, v + 0.01), (u - 0.006, v - down, u + 0.006, v + up)]
     for u, v, name in sorted(spots, key=lambda spot: spot[1]):
         wide, high = 0.017 * len(name) + 0.01, 0.06
         tries = [
             (u + 0.02 if side > 0 else u - 0.02 - wide, v + 0.03 + shift * high - high / 2)
-            for shift in (0, -1, 1, -2, 2, -3, 3) for side in (1, -1)
+            for shift in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6) for side in (1, -1)
         ]  # fmt: skip
         free = [
-            (x, y) for x, y in tries if 0 <= x <= 1 - wide and not any(_meet((x, y, x + wide, y + high), box) for box in taken)
+            (x, y)
+            for x, y in tries
+            if 0 <= x <= 1 - wide and 0 <= y <= 1 - high and not any(_meet((x, y, x + wide, y + high), box) for box in taken)
         ]
         x, y = free[0] if free else tries[0]
         taken.append((x, y, x + wide, y + high))

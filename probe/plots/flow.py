@@ -54,33 +54,35 @@ def flow_figure(summary: Summary) -> Any:
             _layer_ticks(axis, summary["n_layers"])
             if len(curves) > 1:
                 _legend(axis)
+            elif curves:
+                axis.set_xlabel(f"{label} (n = {next(iter(curves.values()))['n']})")
         axes[0].set_ylabel(CHANGE)
         if summary["cutoff_layer"] is not None:
             low, high = summary["cutoff_interval"]
             axes[2].axvspan(low, high, color=COLOURS[2], alpha=0.12, linewidth=0)
             axes[2].axvline(summary["cutoff_layer"], color=COLOURS[2], linestyle="--", linewidth=1.2)
             axes[2].annotate(
-                _depth(summary["cutoff_layer"], low, high, summary["n_layers"]), (summary["cutoff_layer"], 0.5),
+                _depth(summary["cutoff_layer"], low, high, summary["n_layers"], summary["cutoff_tolerance"]), (summary["cutoff_layer"], 0.5),
                 xycoords=("data", "axes fraction"), xytext=(-6, 0), textcoords="offset points", ha="right", fontsize=8, color=COLOURS[2],
             )  # fmt: skip
     return figure
 
 
-def _depth(layer: int, low: int, high: int, n_layers: int) -> str:
-    if layer == n_layers:
-        return f"matters to the end\n[{low}, {high}]"
-    return f"no longer matters\nfrom layer {layer} [{low}, {high}]"
+def _depth(layer: int, low: int, high: int, n_layers: int, tolerance: float) -> str:
+    ends = [str(low), "never" if high == n_layers else str(high)]
+    where = "never" if layer == n_layers else f"from layer {layer} on"
+    return f"changes p by at most\n{tolerance:g} % on average\n{where} [{', '.join(ends)}]"
 
 
 def soft_figure(summary: Summary) -> Any:
     """Attention mass beside causal effect for each flow, and their rank correlation over examples (matplotlib)."""
     flows = {name: flow for name, flow in summary["flows"].items() if "mass" in flow}
     with styled() as figure_class:
-        figure = figure_class(figsize=(9.0, 4.2))
+        figure = figure_class(figsize=(9.6, 4.6))
         left, right = figure.subplots(1, 2)
         for name, flow in flows.items():
-            left.plot(flow["layers"], flow["mass"], marker="o", color=TINT[name], label=LABELS[name])
-            right.plot(flow["layers"], flow["correlation"], marker="o", color=TINT[name], label=LABELS[name])
+            _line(left, flow["mass_interval"], LABELS[name], TINT[name])
+            _line(right, _agreeing(flow), LABELS[name], TINT[name])
         left.set(title="Soft flow: attention mass", xlabel="layer", ylabel="share of a row's attention")
         right.set(
             title="Does it predict the causal flow?",
@@ -95,6 +97,16 @@ def soft_figure(summary: Summary) -> Any:
             _legend(left)
             _legend(right)
     return figure
+
+
+def _agreeing(flow: Curve) -> dict[str, Any]:
+    """The correlation of mass with effect as a curve with its interval."""
+    tests = flow["correlation_tests"]
+    floats = {
+        name: [float("nan") if value is None else value for value in side]
+        for name, side in (("mean", flow["correlation"]), ("low", tests["low"]), ("high", tests["high"]))
+    }
+    return {"layers": flow["layers"], **floats, "n": max(tests["n"])}
 
 
 def lens_figure(summary: Summary) -> Any:
@@ -146,7 +158,7 @@ def _page(panels: Sequence[tuple[str, Mapping[str, Curve], str]], ylabel: str, h
     for column, (_, curves, xlabel) in enumerate(panels, 1):
         for name, curve in curves.items():
             colour = TINT.get(name, COLOURS[list(curves).index(name) % len(COLOURS)])
-            label = LABELS.get(name, name)
+            label = f"{LABELS.get(name, name)} (n={curve['n']})"
             if "low" in curve:
                 edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": name}
                 figure.add_scatter(x=curve["layers"], y=curve["high"], row=1, col=column, **edge)
@@ -173,8 +185,8 @@ def flow_page(summary: Summary) -> Any:
 def soft_page(summary: Summary) -> Any:
     """Soft flow and its correlation with the causal flow, as a plotly page."""
     flows = {name: flow for name, flow in summary["flows"].items() if "mass" in flow}
-    mass = {name: {"layers": flow["layers"], "mean": flow["mass"]} for name, flow in flows.items()}
-    agree = {name: {"layers": flow["layers"], "mean": flow["correlation"]} for name, flow in flows.items()}
+    mass = {name: flow["mass_interval"] for name, flow in flows.items()}
+    agree = {name: _agreeing(flow) for name, flow in flows.items()}
     return _page(
         [("attention mass", mass, "layer"), ("rank correlation with the causal flow", agree, "layer")], "share or correlation"
     )

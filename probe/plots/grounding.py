@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from probe.plots.look import overlay
-from probe.plots.panels import GREY, Pair, Series, colour, curves, tables, values
+from probe.plots.panels import GREY, Pair, Series, colour, curves, noted, tables, values
 from probe.plots.style import LAYOUT, styled
 from probe.tokens import Grid
 
@@ -83,7 +83,11 @@ def scores(summary: Mapping[str, Any]) -> Pair:
         own = {name: found[metric] for name, found in summary["methods"].items()}
         other = {name: found[metric] for name, found in summary["null"].items()}
         panels.append((title, [("the phrase's box", own, colour(0)), ("another object's box", other, GREY)]))
-    return values(panels, "mean, 95 % interval", share=False)
+    return noted(values(panels, "mean, 95 % interval", share=False), _counted(summary))
+
+
+def _counted(summary: Mapping[str, Any]) -> str:
+    return f"n = {summary['n_scenes']} scenes ({summary['n_phrases']} phrases)"
 
 
 def heads(summary: Mapping[str, Any]) -> Pair:
@@ -92,10 +96,11 @@ def heads(summary: Mapping[str, Any]) -> Pair:
     layers = [str(layer) for layer in summary["layers"]]
     columns = [str(head) for head in range(summary["heads_per_layer"])]
     sources = list(found)
-    return tables(
+    drawn = tables(
         [SOURCES[source] for source in sources], [found[source]["auc"] for source in sources], layers, columns, (0.0, 1.0), "RdBu_r",
         "AUC (chance 0.5)", down="layer", across="head",
     )  # fmt: skip
+    return noted(drawn, f"{_counted(summary)}, means")
 
 
 SOURCES = {"word": "the word's own rows", "last": "the last position"}
@@ -111,4 +116,5 @@ def by_layer(summary: Mapping[str, Any]) -> Pair:
         ])
         for source, found in summary["curves"].items()
     ]  # fmt: skip
-    return curves(panels, [summary["layers"]] * len(panels), "layer", "AUC")
+    drawn = curves(panels, [summary["layers"]] * len(panels), "layer", "AUC")
+    return noted(drawn, f"{_counted(summary)}; bands: 95 % bootstrap intervals over scenes")

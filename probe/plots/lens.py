@@ -25,9 +25,10 @@ def correspondence(summary: Summary) -> Pair:
         for name, colour in ((OTHER_WORD, GREY), (OTHER_PATCHES, COLOURS[1])):
             if found["among"][name]:
                 lines.append((f"{name}, among", found["among"][name]["curve"], colour, True))
-        drawn.append((f"{role.capitalize()}s ({found['n_objects']} objects)", lines))
+        drawn.append((f"{role.capitalize()}s ({found['n_objects']} objects, {found['among']['own']['n']} pictures)", lines))
         x.append(found["among"]["own"]["layers"])
-    return panels.curves(drawn, x, "layer", "share of patches")
+    made = panels.curves(drawn, x, "layer", "share of patches")
+    return panels.noted(made, "objects of a picture are averaged first; bands: 95 % bootstrap intervals over pictures")
 
 
 def confidence(summary: Summary) -> Pair:
@@ -41,7 +42,11 @@ def confidence(summary: Summary) -> Pair:
                 if found["strange"]:
                     strange[f"{role}s, norm {norm}"] = found["strange"]
     series: list[Series] = [("the picture's own", own, COLOURS[0]), ("another picture's", strange, GREY)]
-    return panels.values([("Present or absent?", [one for one in series if one[1]])], "AUROC", line=0.5)
+    made = panels.values([("Present or absent?", [one for one in series if one[1]])], "AUROC", line=0.5)
+    return panels.noted(
+        made,
+        f"n = {' or '.join(str(n) for n in sorted({one['n'] for one in own.values()}))} pictures; bars: 95 % bootstrap intervals over pictures",
+    )
 
 
 def erasing(summary: Summary) -> Pair:
@@ -50,7 +55,9 @@ def erasing(summary: Summary) -> Pair:
     own, *others = found["curves"].items()
     lines: list[Line] = [("the object's own word", own[1], COLOURS[0], False)]
     lines += [(name, one, colour, True) for (name, one), colour in zip(others, (COLOURS[1], GREY), strict=False)]
-    return panels.curves([("A word erased", lines)], [found["layers"]], "erased after layer", "change of log-odds of yes")
+    made = panels.curves([("A word erased", lines)], [found["layers"]], "erased after layer", "change of log-odds of yes")
+    counts = ", ".join(f"{one['n']} ({name})" for name, one in found["curves"].items())
+    return panels.noted(made, f"n = {counts};\nbands: 95 % bootstrap intervals over pictures")
 
 
 def words(objects: Sequence[Mapping[str, Any]]) -> Pair:
@@ -62,7 +69,7 @@ def words(objects: Sequence[Mapping[str, Any]]) -> Pair:
         figure = figure_class(figsize=(0.62 * sum(wide) + 0.8, 0.3 * layers + 1.2))
         axes = figure.subplots(1, len(objects), squeeze=False, width_ratios=wide)[0]
         for k, (axis, one, table) in enumerate(zip(axes, objects, chances, strict=True)):
-            axis.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower")
+            drawn = axis.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower")
             for i, j in np.ndindex(table.shape):
                 colour = "white" if table[i, j] > 0.55 else "#222222"
                 axis.text(
@@ -72,6 +79,7 @@ def words(objects: Sequence[Mapping[str, Any]]) -> Pair:
             axis.grid(False)
             if k == 0:
                 axis.set_ylabel("layer")
+        figure.colorbar(drawn, ax=axes, label="probability of the token", aspect=30)
     return figure, _words_page(objects, chances)
 
 

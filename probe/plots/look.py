@@ -159,13 +159,14 @@ def answer_figure(
         above.set(title="The answer, token by token", ylabel="share of attention", ylim=(0, 1))
         above.grid(False)
         above.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        below.imshow(probs, aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower")
+        drawn = below.imshow(probs, aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower")
         for layer in range(layers):
             for step in range(steps):
                 colour = "white" if probs[layer, step] > 0.55 else "#222222"
                 word = words[layer][step]
                 shown = word if len(word) <= 9 else word[:8] + "\N{HORIZONTAL ELLIPSIS}"
                 below.text(step, layer, shown, ha="center", va="center", fontsize=7, parse_math=False, color=colour)
+        figure.colorbar(drawn, ax=below, label="probability of the token", pad=0.02)
         below.set(ylabel="layer", xlabel="token written", yticks=ticks(list(range(layers))), xticks=range(steps))
         below.set_xticklabels(written, rotation=0 if steps <= 12 else 45, parse_math=False)
         below.grid(False)

@@ -15,6 +15,18 @@ Series = tuple[str, Mapping[str, Mapping[str, float]], str]
 GREY = "#8A8A8A"
 
 
+def noted(pair: Pair, text: str) -> Pair:
+    """The figure with a line above its panels: how many were counted, and what intervals are over."""
+    figure, page = pair
+    figure.suptitle(text, x=0.01, ha="left", fontsize=8, color="#555555")
+    top = page.layout.margin.t or 60
+    page.update_layout(
+        title={"text": text, "font": {"size": 12, "color": "#555555"}, "x": 0.01, "y": 1, "yanchor": "top", "yref": "container", "pad": {"t": 8}},
+        margin={"t": top + 24},
+    )  # fmt: skip
+    return figure, page
+
+
 def curves(
     panels: Sequence[tuple[str, Sequence[Line]]], x: Sequence[Sequence[int]], label: str, axis: str, share: bool = True
 ) -> Pair:

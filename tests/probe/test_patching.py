@@ -6,7 +6,7 @@ import torch
 
 from probe import Example, load, sweep
 from probe.analysis.patching import agreement, attribution, effect, handover, logit_difference
-from probe.patching import SITES, attribute, capture, patches
+from probe.patching import SITES, STREAM, attribute, capture, nudges, patches
 from probe.tracing import last_logits
 from tests import toys
 from tests.oracles import patching as oracle
@@ -192,3 +192,28 @@ def test_frozen_parameters_are_no_obstacle():
     clean, corrupt = (subject.encode(side) for side in two(subject))
     found = attribute(subject, corrupt, capture(subject, clean), [TOKENS])
     assert found.plain["resid_pre"].abs().sum() > 0
+
+
+def test_a_nudge_changes_as_much_and_says_nothing(toy):
+    """Of each state: the same place, the same size of change, a direction that is drawn and has next to nothing to do with the fact."""
+    subject = toy("llava")
+    clean, corrupt = (subject.encode(examples) for examples in two(subject, 2))
+    caught, before = capture(subject, clean), capture(subject, corrupt, STREAM)
+    at = clean.maps[1].positions("image").tolist()
+    cosines, seen = [], 0
+    for point in STREAM:
+        asked = (point, [0, 2], at)
+        made, real = nudges(caught, before, 1, *asked, seed=[3]), patches(caught, 1, *asked)
+        again, other = nudges(caught, before, 1, *asked, seed=[3]), nudges(caught, before, 1, *asked, seed=[4])
+        for nudge, patch, same, different in zip(made, real, again, other, strict=True):
+            assert (nudge.point, nudge.layer, nudge.positions) == (patch.point, patch.layer, patch.positions)
+            start = before.states[point][patch.layer, 1, at]
+            sizes = [(torch.as_tensor(one.value) - start).norm(dim=-1) for one in (nudge, patch)]
+            torch.testing.assert_close(*sizes, rtol=1e-3, atol=1e-4)
+            assert torch.equal(nudge.value, same.value)
+            assert not torch.equal(nudge.value, different.value)
+            changes = (torch.as_tensor(one.value) - start for one in (nudge, patch))
+            cosines.append(torch.nn.functional.cosine_similarity(*changes).mean().item())
+            seen += 1
+    assert seen == 6
+    assert abs(np.mean(cosines)) < 0.1

@@ -72,6 +72,9 @@ def test_it_says_what_was_asked(run):
     report = (folder / "report.md").read_text()
     assert "nan" not in report.lower().replace("nance", "")
     assert "no scene is in both" in report
+    gap = found["against_null"]["one head, word"]["auc"]
+    assert ("finds its object: its AUC" in report) == (gap["low"] > 0)
+    assert "Beside the last position's attention, averaged over all heads and layers, it is" in report
     assert {path.name for path in (folder / "figures").glob("*.png")} == {
         f"{name}.png" for name in ("overlays", "scores", "heads", "by-layer")
     }

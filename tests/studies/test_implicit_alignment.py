@@ -4,17 +4,23 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from probe import Example, load
+from probe.analysis.overlap import iou, magnitude_kept, wanda_kept
 from probe.analysis.stats import wilson
+from probe.calibration import linear_maps
 from probe.errors import DataError, StudyError
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.family import load_member, members
-from studies.implicit_alignment import implicit_alignment
+from studies.implicit_alignment import ANCHORS, _chosen, _digest, implicit_alignment
 from studies.implicit_alignment_report import _members
+from studies.implicit_alignment_words import _aligned, _predicts
+from studies.modalities import Part
 from studies.study import Setting
 from tests import toys
 
@@ -138,3 +144,99 @@ def test_a_member_that_is_always_right_or_wrong_has_an_interval():
         assert (one[key]["low"], one[key]["high"]) == wilson(hits, 24)
     assert (one["input"]["low"], one["input"]["high"]) == (0.1, 0.3)
     assert (one["same"]["value"], one["same"]["low"]) == (0.2, None)
+
+
+def test_a_run_that_grows_is_a_run_that_was_asked_for_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("studies.implicit_alignment_report.figures", lambda *_: None)
+    subject, grown = load("demo:frozen"), tmp_path / "grown"
+    asked = {"modalities": "image", "family": "none", "words_limit": 4, "weights_limit": 6}
+    for limit in (4, 17):
+        found = implicit_alignment(Setting(subject, load_data("demo", limit), grown, batch=4), **asked)
+    fresh = implicit_alignment(Setting(subject, load_data("demo", 17), tmp_path / "fresh", batch=4), **asked)
+    assert {**found, "run": ""} == {**fresh, "run": ""}
+    parts = [
+        {path.name: path.read_bytes() for path in (one / "records").glob("*.parquet")} for one in (grown, tmp_path / "fresh")
+    ]
+    assert parts[0] == parts[1]
+    assert len(parts[0]) == 5
+
+
+def test_units_name_what_they_were_read_beside():
+    """Enough anchors are the same anchors, whatever the limit; a unit read beside fewer of them is another unit."""
+    subject = load("demo:frozen")
+    chosen = {n: _chosen(Part("image", subject, load_data("demo", n))) for n in (4, 20, 30)}
+    assert [e.id for e in chosen[20]] == [e.id for e in chosen[30]]
+    assert len(chosen[20]) == ANCHORS > len(chosen[4]) == 4
+    digests = {n: _digest(e.id for e in found) for n, found in chosen.items()}
+    assert digests[4] != digests[20] == digests[30]
+
+
+def test_overlap_is_held_against_the_weights_alone(run):
+    """The masks that the report compares, taken again the slow way from one matrix's sums of squares."""
+    folder, found, _ = run
+    weights = found["weights"]
+    assert found["chance_iou"] < found["permuted_iou"] < found["magnitude_iou"] < 1
+    for name in ("permuted", "magnitude"):
+        gap = weights[f"above_{name}"]
+        assert gap["low"] <= gap["value"] <= gap["high"]
+        assert gap["value"] == pytest.approx(found["iou"] - found[f"{name}_iou"], abs=1e-9)
+        assert gap["n"] == weights["n_matrices"]
+    assert np.mean(weights["across_by_layer"]["own"]["mean"]) == pytest.approx(found["iou"])
+    verdict = next(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| 2. "))
+    beyond = all(weights[f"above_{name}"]["low"] > 0 for name in ("permuted", "magnitude"))
+    assert ("**mostly" in verdict) != beyond
+    name = "3.mlp.gate_proj"
+    rows = pa.concat_tables(
+        [pq.read_table(path) for path in sorted((folder / "records").glob("part-image-*.parquet"))]
+    ).to_pylist()
+    sums = {side: np.zeros(1) for side in ("perceptual", "textual")}
+    for row in rows:
+        for side in sums:
+            if row["what"] == "squares" and row["key"] == f"{side}/{name}":
+                sums[side] = sums[side] + np.array(row["vector"], dtype=np.float64)
+    weight = dict(linear_maps(load("demo:frozen")))[name].weight.detach()
+    for total in sums.values():
+        kept, plain = (
+            [set(sorted(range(len(s)), key=lambda j: float(s[j]), reverse=True)[: len(s) - len(s) // 2]) for s in score]
+            for score in (weight.abs() * torch.tensor(total).float().sqrt(), weight.abs())
+        )
+        slow = sum(len(a & b) for a, b in zip(kept, plain, strict=True)) / sum(
+            len(a | b) for a, b in zip(kept, plain, strict=True)
+        )
+        fast = iou(wanda_kept(weight, torch.tensor(total), 0.5), magnitude_kept(weight, 0.5))
+        assert fast == pytest.approx(slow, abs=1e-6)
+
+
+def _words(**more):
+    line = {"pearson": 0.7, "low": 0.5, "high": 0.9, "p_value": 0.12, "q": 0.2, "n": 8}
+    flipped = {**line, "pearson": -0.7, "low": -0.9, "high": -0.5}
+    names = ["demo", *(f"demo:frozen@{i}" for i in range(6)), "demo:frozen"]
+    correlation = {
+        f"{r} and {s}": {**one, **more}
+        for r in ("input", "same")
+        for s, one in (("accuracy", line), ("hallucination", flipped))
+    }
+    return {"correlation": correlation, "members": [{"name": name} for name in names]}
+
+
+def test_a_correlation_needs_its_q_and_says_whose_it_is():
+    assert _predicts(_words())[0] == "does not hold here"
+    verdict, why = _predicts(_words(q=0.01))
+    assert verdict == "holds"
+    assert "n = 8 models, 7 of them steps of one training and so not independent" in why
+
+
+def _similar(clear, states, low):
+    gap = {"value": low + 0.1, "low": low, "high": low + 0.2}
+    q = [0.01] * clear + [0.5] * (states - clear)
+    return {"modalities": {"image": {
+        "similar": {"avg": {"q": q, "gap": {"mean": [0.1] * states}}}, "inside": {"inside": gap, "outside": gap, "difference": gap},
+    }}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("clear", "low", "verdict"),
+    [(9, 0.1, "holds"), (1, 0.1, "holds in part"), (1, -0.2, "holds in part"), (9, -0.2, "holds in part"), (0, -0.2, "does not hold here")],
+)  # fmt: skip
+def test_alignment_needs_most_states_and_more_inside_the_blocks(clear, low, verdict):
+    assert _aligned(_similar(clear, 9, low))[0] == verdict

@@ -15,6 +15,7 @@ import torch
 from probe import Example, Knockout, Region, load, trace
 from probe.analysis.flow import FLOWS
 from probe.errors import DataError, EditError, RunError
+from probe.plots.flow import _depth
 from probe.tracing import last_logits
 from studies.data import Data, load_data
 from studies.information_flow import information_flow
@@ -53,6 +54,14 @@ def test_the_summary_has_what_other_programs_read(done):
         assert len(flow["layers"]) == len(flow["mean"]) == len(flow["low"]) == len(flow["high"]) == len(flow["mass"]) == 8
         assert all(low <= mean <= high for low, mean, high in zip(flow["low"], flow["mean"], flow["high"], strict=True))
         assert all(0 <= mass <= 1 for mass in flow["mass"])
+        assert flow["mass_interval"]["mean"] == pytest.approx(flow["mass"])
+        tests = flow["correlation_tests"]
+        known = [i for i, value in enumerate(flow["correlation"]) if value is not None]
+        assert len(known) >= 4
+        for i in known:
+            assert tests["low"][i] <= flow["correlation"][i] + 1e-9
+            assert flow["correlation"][i] <= tests["high"][i] + 1e-9
+            assert 0 < tests["p"][i] <= tests["q"][i] <= 1
     assert json.loads((out / "summary.json").read_text())["n"] == 12
     assert summary["empty_knockout_max_change"] <= 1e-5
     assert json.loads((out / "run.json").read_text())["status"] == "done"
@@ -88,6 +97,15 @@ def test_figures_and_report_are_there(done):
         page = (out / "figures" / f"{name}.html").read_text()
         assert "<script src=" not in page  # works without a network
         assert f"figures/{name}.png" in report
+
+
+def test_the_cut_off_says_what_it_tolerates_and_whether_it_may_never_come(done):
+    assert _depth(7, 7, 8, 8, 2.0) == "changes p by at most\n2 % on average\nfrom layer 7 on [7, never]"
+    assert _depth(5, 4, 6, 8, 2.0).endswith("from layer 5 on [4, 6]")
+    assert _depth(8, 7, 8, 8, 2.0).endswith("never [7, never]")
+    report = (done[0] / "report.md").read_text()
+    assert "| flow | layer | rank correlation | 95 % interval | q | layers with q < 0.05 |" in report
+    assert "mislead" not in report
 
 
 def test_five_kills_leave_the_same_bytes(stranger, tmp_path):

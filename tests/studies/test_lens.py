@@ -13,6 +13,7 @@ from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.data import everything
 from studies.lens import lens
+from studies.lens_report import _said_of_words
 from studies.objects import known, vocabulary, words_of
 from studies.study import Setting
 from tests import toys
@@ -151,3 +152,33 @@ def test_an_erased_word_is_the_own_one(stranger, tmp_path):
     assert found["erasure"]["own"]["value"] == 0.0
     assert all(one["mean"] == [0.0] for one in found["erasure"]["curves"].values())
     assert found["erasure"]["turned"][OWN]["value"] in (0.0, None)
+
+
+def test_a_reversal_is_said_and_paired():
+    """Where patches elsewhere read the word more often, that is the finding, with the paired difference."""
+    from types import SimpleNamespace
+
+    def number(value, low, high):
+        return {"value": value, "low": low, "high": high, "n": 24}
+
+    def null(*gap):
+        return {"at_best": number(0.2, 0.1, 0.3), "gap_at_best": number(*gap)}
+
+    among = {
+        "own_at_best": number(0.147, 0.1, 0.2),
+        OTHER_WORD: null(0.1, 0.05, 0.15),
+        OTHER_PATCHES: null(-0.067, -0.1, -0.03),
+    }
+    found = {
+        "n_objects": 118,
+        "n_read": 60,
+        "among": among,
+        "first": {"own_at_best": number(0.1, 0.0, 0.2)},
+        "best_layer": number(3, 2, 4),
+    }
+    plan = SimpleNamespace(top=5, subject=SimpleNamespace(n_layers=8))
+    (said,) = _said_of_words({"n": 24, "correspondence": {"noun": found}}, plan)
+    assert "The reverse: as many patches elsewhere in the picture read the object's word more often than its own patches do, by 0.067 [0.030, 0.100] (paired)" in said  # fmt: skip
+    among[OTHER_PATCHES] = null(0.05, 0.01, 0.1)
+    (said,) = _said_of_words({"n": 24, "correspondence": {"noun": found}}, plan)
+    assert "They do, above every null" in said

@@ -6,9 +6,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from probe import Example
+from probe import Example, load
 from probe.media import Video
-from studies.look import look
+from studies.look import _filled, look
 from tests import toys
 
 
@@ -47,3 +47,19 @@ def test_what_is_shown_gets_its_figure(toy, tmp_path, media, family, figure, kin
     written = rows[rows.what == "written"].groupby(["position", "layer"]).value.sum()
     assert 1 <= len(set(written.index.get_level_values("position"))) <= 3
     np.testing.assert_allclose(written, 1.0, atol=1e-4)
+
+
+def test_a_large_crop_is_said_and_empty_groups_are_left_out(tmp_path):
+    subject = load("demo")
+    wide = Image.fromarray(np.asarray(toys.picture(256, 128)))
+    for name, picture in (("wide", wide), ("square", wide.resize((128, 128)))):
+        look(subject, Example("a", "what color is the ball ?", images=(picture,)), tmp_path / name, 2)
+    report = (tmp_path / "wide/report.md").read_text()
+    grid = subject.encode(Example("a", "what color is the ball ?", images=(wide,))).maps[0].grids[0]
+    lost = 1 - (grid.area[2] - grid.area[0]) * (grid.area[3] - grid.area[1]) / (wide.width * wide.height)
+    assert lost > 0.3
+    assert f"The processor's crop cut away {lost:.0%} of picture 0" in report
+    assert "crop cut away" not in (tmp_path / "square/report.md").read_text()
+    assert "scaled apart" in report
+    mass, groups = _filled(np.array([[0.5, 0.0, 0.5], [0.2, 0.0, 0.8]]), ["bos", "answer", "image"])
+    assert (mass.shape, groups) == ((2, 2), ["bos", "image"])

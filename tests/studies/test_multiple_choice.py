@@ -1,11 +1,15 @@
 """The study of choices: both ways on the same items, whatever the batch, and what it refuses."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from scipy.stats import binomtest
 
 from probe import Example, load
 from probe.errors import DataError, StudyError
 from studies.data import Data, load_data
 from studies.multiple_choice import multiple_choice
+from studies.multiple_choice_report import _blind_words
 from studies.study import Setting
 from tests import toys
 from tests.studies.test_pope import numbers
@@ -34,6 +38,16 @@ def test_the_summary(done):
     assert sum(one["n"] for one in found["bins"]) == 10
     assert 0.5 <= found["confidence"]["value"] <= 1
     assert found["blind"]["likelihood"]["n"] == 10
+    rows = pa.concat_tables([pq.read_table(path) for path in sorted((out / "records").glob("*.parquet"))]).to_pylist()
+    for way, gain in found["gain"].items():
+        assert gain["value"] == pytest.approx(found["accuracy"][way]["value"] - found["blind"][way]["value"])
+        assert gain["low"] <= gain["value"] <= gain["high"]
+        assert gain["n"] == 10
+    right = [
+        {row["example"]: row["chosen"] == row["right"] for row in rows if row["what"] == what} for what in ("asked", "blind")
+    ]
+    turned = [right[0][name] for name in right[0] if right[0][name] != right[1][name]]
+    assert found["gain"]["generation"]["p"] == pytest.approx(binomtest(sum(turned), len(turned)).pvalue if turned else 1.0)
     assert "NaN" not in (out / "summary.json").read_text()
     report = (out / "report.md").read_text()
     for name in ("accuracy", "calibration", "places", "kinds"):
@@ -110,3 +124,18 @@ def test_wrong_options_write_nothing(subject, tmp_path, options, message):
     with pytest.raises(StudyError, match=message):
         multiple_choice(Setting(subject, load_data("demo", 2), tmp_path / "r"), **options)
     assert not (tmp_path / "r").exists()
+
+
+def test_what_needs_no_picture_is_said_only_above_guessing():
+    gain = {"value": 0.4, "low": 0.2, "high": 0.6, "p": 0.001, "n": 40}
+    blind = {"value": 0.55, "low": 0.4, "high": 0.7}
+    summary = {
+        "chance": 0.5,
+        "blind": {"generation": blind, "likelihood": blind},
+        "gain": {"generation": gain, "likelihood": gain},
+    }
+    assert "nothing is shown to need no picture" in _blind_words(summary)
+    summary["blind"]["likelihood"] = {"value": 0.7, "low": 0.55, "high": 0.85}
+    said = _blind_words(summary)
+    assert "By likelihood some of it needs no picture" in said
+    assert "McNemar p = 0.001" in said

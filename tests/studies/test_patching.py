@@ -79,6 +79,9 @@ def test_the_demo_model_keeps_a_fact_at_its_object_and_moves_it_to_the_last_posi
     assert found["n"] + sum(found["dropped"].values()) == 6
     gap, control = found["object_above_random"], found["random_early"]
     assert gap["low"] > 0.3 > abs(control["value"])
+    assert found["object_above_nudged"]["low"] > 0.3
+    assert found["sites"]["resid_pre"]["nudged"]["n"] == found["sites"]["resid_pre"]["object"]["n"]
+    assert {"site resid_pre", "site resid_pre nudged", "window mlp_out nudged"} <= set(found["control"])
     assert found["last_final"]["low"] > 0.5 > found["last_early"]["high"]
     assert 0 < found["handover"]["layer"] < 8
     assert found["all_max_error"] < 1e-4
@@ -93,6 +96,7 @@ def test_the_demo_model_keeps_a_fact_at_its_object_and_moves_it_to_the_last_posi
     report = (tmp_path / "r/report.md").read_text()
     assert STUDIES["patching"][1] in report
     assert "**The fact is at the object.**" in report
+    assert "random positions have next to nothing to bring back early on" in report
     drawn = {path.stem for path in (tmp_path / "r/figures").glob("*.png")}
     assert len(drawn) == 7
     assert all(f"figures/{name}.png" in report for name in drawn)
