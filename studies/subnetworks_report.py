@@ -156,8 +156,8 @@ def figures(run: Run, summary: Mapping[str, Any]) -> None:
             *tables(
                 [title],
                 [overlap["iou"]],
-                overlap["groups"],
-                overlap["groups"],
+                overlap["masks"],
+                overlap["masks"],
                 limits,
                 "Blues",
                 f"IoU; {overlap['chance']:.2f} is chance",
