@@ -47,7 +47,7 @@ def _others(subject: Subject) -> list[Configuration]:
     return [
         _recipe("pyramid", Pyramid()), _recipe("withdrawn half way", Withdraw(layer=half)), _recipe("withdrawn where it is quiet", Withdraw()),
         _recipe("wanda 0.5", Prune(sparsity=0.5)), _recipe("wanda 2:4", Prune(n_of_m="2:4")), _recipe("magnitude 0.5", Prune(method="magnitude", sparsity=0.5)),
-        _recipe("neurons 0.25", Width(neurons=0.25)), _recipe("neurons 0.5", Width(neurons=0.5)), _recipe("heads 0.25", Width(heads=0.25)),
+        _recipe("neurons 0.25", Width(neurons=0.25)), _recipe("neurons 0.5", Width(neurons=0.5)), _recipe("heads 0.25, over layers", Width(heads=0.25, allocation="global", score="taylor")),
         _recipe("shortv, half of the layers", ShortV(count=half)), _recipe("shortv, all layers", ShortV(count=subject.n_layers)),
         _recipe("every other feed-forward block skipped by the picture", Skip(mode="ffn")), _recipe("every other layer skipped by all", Skip(rows="all")),
         _recipe("composite", Composite()), _recipe("naavit", Masks(method="naavit")),

@@ -128,16 +128,22 @@ class Family:
         return {name: Pattern(self.sparsity).kept(torch.rand(m.weight.shape, generator=draw)) for name, m in maps.items()}
 
     def overlap(self) -> Rows:
-        """IoU of each pair of masks: over all weights, and of each layer (`example`) by itself."""
-        rows: Rows = []
+        """IoU of each pair of masks: over all weights, and of each layer (`example`) by itself; and with the mask of the least weights alone."""
+        rows: Rows = [
+            {"what": "overlap", "text": self.by, "name": name, "other": "magnitude", "example": "", "value": self._iou(name, "magnitude")}
+            for name in self.names
+        ]  # fmt: skip
         for a, b in combinations(self.names, 2):
-            first, second = self.mask(a), self.mask(b)
-            layers = sorted({int(name.split(".")[0]) for name in first})
-            within = {str(i): [name for name in first if name.startswith(f"{i}.")] for i in layers}
-            for place, names in {"": list(first), **within}.items():
-                value = iou(*(torch.cat([mask[name].flatten() for name in names])[None] for mask in (first, second)))
+            layers = sorted({int(name.split(".")[0]) for name in self.mask(a)})
+            for place in ("", *map(str, layers)):
+                value = self._iou(a, b, place)
                 rows.append({"what": "overlap", "text": self.by, "name": a, "other": b, "example": place, "value": value})
         return rows
+
+    def _iou(self, a: str, b: str, layer: str = "") -> float:
+        first, second = self.kept(a), self.kept(b)
+        names = [name for name in first if not layer or name.startswith(f"{layer}.")]
+        return iou(*(torch.cat([mask[name].flatten() for name in names])[None] for mask in (first, second)))
 
     def ask(self, row: str) -> Rows:
         """Every group's questions put to a model with the row's mask."""

@@ -14,12 +14,14 @@ from probe.plots.panels import GREY, Line, Series, curves, tables, values
 from probe.plots.style import COLOURS
 from studies.run import Run
 from studies.subnetwork_groups import BESIDE, TOGETHER, Family
+from studies.telling import bracketed
 from studies.tradeoffs_report import surely_worse
 from studies.work import interval
 
 Points = Sequence[Mapping[str, Any]]
 ASKED = {"shown": "Asked as the data show it", "words": "Asked in words alone"}
-COLOUR = dict(zip(("magnitude", "wanda", "sparsegpt", "owl", "ecoflap", "tamp"), COLOURS, strict=False))
+METHODS = ("magnitude", "wanda", "sparsegpt")
+COLOUR = dict(zip((*METHODS, "owl", "ecoflap", "tamp"), COLOURS, strict=False))
 FAMILY = {"modality": "masks of modalities", "kind": "masks of kinds of questions"}
 
 
@@ -91,12 +93,13 @@ def _rights(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 def _overlap(family: Family, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mine = [row for row in rows if row["what"] == "overlap" and row["text"] == family.by]
     whole = {(row["name"], row["other"]): row["value"] for row in mine if not row["example"]}
-    matrix = [[1.0 if a == b else whole.get((a, b), whole.get((b, a))) for b in family.names] for a in family.names]
+    names = [*family.names, "magnitude"]
+    matrix = [[1.0 if a == b else whole.get((a, b), whole.get((b, a))) for b in names] for a in names]
     layers: dict[str, list[float]] = {}
     for row in mine:
         if row["example"]:
             layers.setdefault(f"{row['name']} and {row['other']}", []).append(row["value"])
-    return {"groups": family.names, "iou": matrix, "chance": chance_iou(family.sparsity), "layers": layers}
+    return {"groups": family.names, "masks": names, "iou": matrix, "chance": chance_iou(family.sparsity), "layers": layers}
 
 
 def _cross(family: Family, rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
@@ -137,8 +140,9 @@ def _own_advantage(family: Family, table: Mapping[tuple[str, str], np.ndarray], 
 def figures(run: Run, summary: Mapping[str, Any]) -> None:
     panels: list[tuple[str, list[Line]]] = []
     for asked, lines in summary["lines"].items():
-        drawn: list[Line] = [
-            (name, one, COLOUR[name], name not in ("magnitude", "wanda", "sparsegpt")) for name, one in lines.items()
+        drawn: list[Line] = [  # bands of the methods alone: six would hide one another
+            (name, one if name in METHODS else {"mean": one["mean"]}, COLOUR[name], name not in METHODS)
+            for name, one in lines.items()
         ]
         panels.append((ASKED[asked], drawn))
     percent = next(iter(summary["lines"]["shown"].values()))["percent"]
@@ -155,14 +159,14 @@ def figures(run: Run, summary: Mapping[str, Any]) -> None:
                 overlap["groups"],
                 overlap["groups"],
                 limits,
-                "viridis",
+                "Blues",
                 f"IoU; {overlap['chance']:.2f} is chance",
             ),
         )
         cross = summary["cross"][by]
         rows = [f"{name} ({cross['sparsity'][name]:.0%})" for name in cross["masks"]]
         run.figure(f"cross-{by}", *tables(
-            ["Accuracy"], [cross["accuracy"]], rows, cross["groups"], (0.0, 1.0), "viridis", "accuracy", down="pruned with the mask of (sparsity)",
+            ["Accuracy"], [cross["accuracy"]], rows, cross["groups"], (0.0, 1.0), "Blues", "accuracy", down="pruned with the mask of (sparsity)",
             across="asked",
         ))  # fmt: skip
     if summary["overlap"]:
@@ -194,7 +198,7 @@ def _by_layer(overlap: Mapping[str, Any]) -> Any:
             ]
         else:
             spread = {"mean": each.mean(0).tolist(), "low": each.min(0).tolist(), "high": each.max(0).tolist()}
-            lines = [(f"mean and range of {len(each)} pairs of kinds", spread, COLOURS[0], False)]
+            lines = [(f"mean and range of {len(each)} pairs of kinds", spread, COLOURS[1], False)]
         lines.append(("chance", {"mean": [found["chance"]] * count}, GREY, True))
         panels.append((FAMILY[by].capitalize(), lines))
         places.append(list(range(count)))
@@ -214,7 +218,7 @@ def report(summary: Mapping[str, Any]) -> str:
         f"Wanda with layers given different shares of the same budget. Words alone: {summary['words'] or 'not asked'}. "
         f"{summary['calibration']} other examples calibrated.", "",
         f"![at {summary['at']:g}](figures/budget.png)", "",
-        f"What {summary['at']:.0%} of the weights cost, however they are chosen; differences to the dense model are paired, with 95 % bootstrap intervals.", "",
+        f"What {summary['at']:.0%} of the weights cost in the figure, and every configuration in the table; differences to the dense model are paired, with 95 % bootstrap intervals.", "",
         _table(steps), "", _compared(summary), "",
     ]  # fmt: skip
     worse = surely_worse(steps)
@@ -250,10 +254,16 @@ def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Points) 
         pairs = [overlap["iou"][i][j] for i, j in combinations(range(len(overlap["groups"])), 2)]
         gain = summary["cross"][by]["own_advantage"]
         text += (
-            f"Two {FAMILY[by]} share {min(pairs):.2f} to {max(pairs):.2f} of what either keeps (chance {overlap['chance']:.2f}); with its own mask a group is right "
-            f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}] more often than with another's. "
+            f"Two {FAMILY[by]} share {_span(pairs)} of what either keeps (chance {overlap['chance']:.2f}; with the mask of the least weights, which knows nothing "
+            f"of inputs, each shares {_span([row[-1] for row in overlap['iou'][:-1]])}); a group's own mask gives {bracketed(gain, '+.1%')} right answers beside the "
+            f"other groups' masks. "
         )
     return text
+
+
+def _span(found: Sequence[float]) -> str:
+    low, high = f"{min(found):.2f}", f"{max(found):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _share(point: Mapping[str, Any]) -> float:
@@ -277,7 +287,7 @@ def _table(steps: Points) -> str:
 
 
 def _told(change: Mapping[str, float] | None) -> str:
-    return "" if change is None else f"{change['value']:+.1%} [{change['low']:+.1%}, {change['high']:+.1%}]"
+    return "" if change is None else bracketed(change, "+.1%")
 
 
 def _compared(summary: Mapping[str, Any]) -> str:
@@ -300,7 +310,8 @@ def _family_told(by: str, overlap: Mapping[str, Any], cross: Mapping[str, Any]) 
     )
     lines = [
         f"## {FAMILY[by].capitalize()}", "", f"![overlap](figures/overlap-{by}.png)", "",
-        f"Intersection over union of what Wanda keeps for {told}; two random masks share {overlap['chance']:.2f}.", "",
+        f"Intersection over union of what Wanda keeps for {told}; two random masks share {overlap['chance']:.2f}. All masks see the same weights, "
+        f"hence the last row: the least weights of each row, whatever enters.", "",
         f"![pruned with one, asked another](figures/cross-{by}.png)", "",
         f"Rows: whose mask the model was pruned with (in brackets how much is gone; together: {together}); columns: what it was asked. *{BESIDE[1]}* takes "
         f"the least weights of each row, *{BESIDE[2]}* any. Of {pairs} pairs of another group's mask and the group's own, {len(sure)} differ surely (McNemar, false "

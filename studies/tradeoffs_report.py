@@ -72,7 +72,7 @@ def _against(plan: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     for name, found in plan["against"].items():
         lines.append(
-            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {found['value']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}] |"
+            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {bracketed(found, '+.1%')} |"
         )
     sure = sum(found["low"] > 0 for found in plan["against"].values())
     return [*lines, "", f"The plan beats {sure} of {len(plan['against'])} of them beyond the 95 % interval.", ""]

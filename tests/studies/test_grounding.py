@@ -62,6 +62,9 @@ def test_it_says_what_was_asked(run):
         for one in (*found["methods"][name].values(), *found["null"][name].values()):
             assert one["low"] is None or 0 <= one["low"] <= one["value"] <= one["high"] <= 1
             assert one["n"] == found["n"]
+        assert all(
+            found[part][name][metric]["low"] is not None for part in ("methods", "null") for metric in ("hit", "pointing")
+        )
     assert found["gain_over_centred_box"] == found["gains"]["one head, word"]["centred box"]["iou"]
     assert np.array(found["heads"]["word"]["auc"]).shape == (8, 4)
     assert found["training"]["scenes"] == 12

@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 from probe import Example, load
 from probe.analysis.overlap import iou, magnitude_kept, wanda_kept
+from probe.analysis.stats import wilson
 from probe.calibration import linear_maps
 from probe.errors import DataError, StudyError
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.family import load_member, members
 from studies.implicit_alignment import ANCHORS, _chosen, _digest, implicit_alignment
+from studies.implicit_alignment_report import _members
 from studies.implicit_alignment_words import _aligned, _predicts
 from studies.modalities import Part
 from studies.study import Setting
@@ -123,6 +125,25 @@ def test_the_family_is_the_training_of_the_frozen_model():
     before, after = first.model.state_dict(), last.model.state_dict()
     changed = {name.split(".")[1] for name in before if not before[name].equal(after[name])}
     assert changed == {"vision_tower", "multi_modal_projector"}
+
+
+def test_a_member_that_is_always_right_or_wrong_has_an_interval():
+    """24 of 24 is no certainty: skills are proportions, with Wilson's interval; scores are means."""
+    skills = {
+        "accuracy": [1.0] * 24,
+        "existence": [1.0, 0.0] * 12,
+        "hallucination": [0.0] * 24,
+        "input": [0.1, 0.3],
+        "same": [0.2, 0.2],
+    }
+    rows = pa.Table.from_pylist(
+        [{"what": "member", "example": "one", "key": key, "values": values} for key, values in skills.items()]
+    )
+    (one,) = _members(rows, 0)["members"]
+    for key, hits in (("accuracy", 24), ("existence", 12), ("hallucination", 0)):
+        assert (one[key]["low"], one[key]["high"]) == wilson(hits, 24)
+    assert (one["input"]["low"], one["input"]["high"]) == (0.1, 0.3)
+    assert (one["same"]["value"], one["same"]["low"]) == (0.2, None)
 
 
 def test_a_run_that_grows_is_a_run_that_was_asked_for_at_once(tmp_path, monkeypatch):

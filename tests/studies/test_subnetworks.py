@@ -92,10 +92,11 @@ def test_a_row_of_the_table_is_the_masked_model(subject, data):
     made = [groups.Group(name, subject, part, data.examples[:3]) for name, part in (("a", shown[:4]), ("b", shown[4:]))]
     family = groups.Family("kind", made, 0.5, 4)
     a, b = family.mask("a"), family.mask("b")
-    (row,) = (row for row in family.overlap() if not row["example"])
+    row, *alone = (row for row in family.overlap() if not row["example"] and row["other"] != "magnitude")
+    assert not alone
     inter, union = (sum(int(op(a[n], b[n]).sum()) for n in a) for op in (torch.logical_and, torch.logical_or))
     assert row["value"] == pytest.approx(inter / union)
-    assert len(family.overlap()) == 1 + subject.n_layers
+    assert len(family.overlap()) == 2 + 1 + subject.n_layers
     before = {name: module.weight.clone() for name, module in linear_maps(subject)}
     smaller = family._with("union", subject)
     for name, module in linear_maps(smaller):
@@ -124,6 +125,10 @@ def test_numbers_of_rows_written_by_hand():
         for e, v in (("", 0.6), ("0", 0.5), ("1", 0.7))
     ]
     rows += [
+        {"what": "overlap", "text": "kind", "name": name, "other": "magnitude", "example": "", "value": value}
+        for name, value in (("a", 0.8), ("b", 0.9))
+    ]
+    rows += [
         {"what": "sparsity", "text": "kind", "name": "a", "value": 0.5},
         {"what": "cross", "text": "modality", "name": "a", "other": "a", "right": True},
     ]
@@ -138,7 +143,8 @@ def test_numbers_of_rows_written_by_hand():
     ]
     assert _overlap(family, rows) == {
         "groups": ["a", "b"],
-        "iou": [[1.0, 0.6], [0.6, 1.0]],
+        "masks": ["a", "b", "magnitude"],
+        "iou": [[1.0, 0.6, 0.8], [0.6, 1.0, 0.9], [0.8, 0.9, 1.0]],
         "chance": pytest.approx(1 / 3),
         "layers": {"a and b": [0.5, 0.7]},
     }
