@@ -172,7 +172,7 @@ def figures(run: Run, summary: Summary) -> None:
 def _both(title: str, found: dict[str, dict[str, Any]], axis: str, n: int, line: float | None = None) -> tuple[Any, Any]:
     """Scores of both ways beside each other."""
     series = [(way, drawable(scores), colour(i)) for i, (way, scores) in enumerate(found.items())]
-    told = f"n = {n} questions" + ("" if line is None else f"; dotted: guessing, {line:.2f}")
+    told = f"n = {n} questions" + ("" if line is None else f"; dotted: chance, {line:.2f}")
     return noted(values([(title, series)], f"{axis}, 95 % interval", line=line), told)
 
 
