@@ -77,9 +77,8 @@ class Bench:
     tokens: int = 8
     max_new_tokens: int = 4
     seed: int = 0
-    memory: bool = True
-    advance: Callable[[int], None] = lambda n: None
     memory: bool = True  # whether peaks are measured
+    advance: Callable[[int], None] = lambda n: None
 
     @cached_property
     def sifted(self) -> tuple[tuple[Example, ...], dict[str, str]]:
