@@ -130,6 +130,25 @@ class RowAttention:
         return (self.total.log() - (self.weight * self.score).sum(-1, keepdim=True) / self.total)[..., 0]
 
 
+def score_rows(
+    call: Call,
+    rows: Int[Tensor, "batch row"],
+    visible: Bool[Tensor, "batch heads_or_1 row key"],
+    bias: Float[Tensor, "batch heads_or_1 row key"] | None = None,
+) -> Float[Tensor, "batch head row key"]:
+    """What chosen query rows say of every key before the softmax, in float32; the dtype's minimum where it is hidden."""
+    heads, groups, dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
+    picked = call.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
+    batch, count = rows.shape
+    folded = picked.float().reshape(batch, groups, (heads // groups) * count, dim)
+    score = (folded @ call.key.float().transpose(2, 3)).mul_(call.scaling).view(batch, heads, count, call.key.shape[2])
+    if cap := call.options.get("softcap"):
+        score = cap * torch.tanh(score / cap)
+    if bias is not None:
+        score = score + bias.float()
+    return score.masked_fill_(~visible, torch.finfo(score.dtype).min)
+
+
 def attend_rows(
     call: Call,
     rows: Int[Tensor, "batch row"],
@@ -140,17 +159,8 @@ def attend_rows(
 
     `rows` (batch row), `visible` (batch 1|head row key). A row that may look nowhere has weight 0 everywhere.
     """
-    heads, groups, dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
-    picked = call.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
-    batch, count = rows.shape
-    folded = picked.float().reshape(batch, groups, (heads // groups) * count, dim)
-    score = (folded @ call.key.float().transpose(2, 3)).mul_(call.scaling).view(batch, heads, count, call.key.shape[2])
-    if cap := call.options.get("softcap"):
-        score = cap * torch.tanh(score / cap)
-    if bias is not None:
-        score = score + bias.float()
+    score = score_rows(call, rows, visible, bias)
     low = torch.finfo(score.dtype).min
-    score = score.masked_fill_(~visible, low)
     score = (score - score.amax(-1, keepdim=True)).clamp_(min=low)
     # A row that sees nothing has the same score everywhere: the mask takes it to zero weight, and the total to one.
     weight = score.exp().masked_fill_(~visible, 0.0)

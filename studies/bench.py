@@ -66,7 +66,8 @@ def _steps(recipe: Recipe) -> list[dict[str, Any]]:
 class Bench:
     """Measures configurations of one dense model on the same examples.
 
-    `rounds` of `tokens` written tokens are timed in turns with the dense model (0 leaves the times out). The dense answers are computed once.
+    `rounds` of `tokens` written tokens are timed in turns with the dense model (0 leaves the times out); without `memory` peaks are not measured
+    (`peak_memory` None). The dense answers are computed once.
     """
 
     dense: Subject
@@ -76,8 +77,8 @@ class Bench:
     tokens: int = 8
     max_new_tokens: int = 4
     seed: int = 0
-    advance: Callable[[int], None] = lambda n: None
     memory: bool = True  # whether peaks are measured
+    advance: Callable[[int], None] = lambda n: None
 
     @cached_property
     def sifted(self) -> tuple[tuple[Example, ...], dict[str, str]]:
@@ -260,7 +261,7 @@ def collect(rows: pa.Table) -> list[dict[str, Any]]:
     for point in points:
         name = point["name"]
         point["standing"] = {"flops": flops[name], "prefill": times.get(name)}
-        point["on_frontier"] = "frontier" in (flops[name], times.get(name))  # of FLOPs, or of measured time
+        point["on_frontier"] = (times.get(name) or flops[name]) == "frontier"
         point["separable"] = "dominated" not in (flops[name], times.get(name))
     return [{**{key: point[key] for key in KEYS}, **point} for point in points]
 

@@ -3,14 +3,12 @@
 Everything is measured side by side in one process on a LLaVA-shaped model with random weights, taking turns. Compared is what comes after the vision
 tower, choosing included: the measured time of a smaller model over the dense model's time in the same round, and that over the same ratio of FLOPs
 in closed form. The tower runs in both and is left out: with it every ratio would look better. Beside it stand the time that every reducer takes to
-choose, as a share of that dense time; the bytes of real caches, against the formula; and the time that Wanda takes, over that of the forward
-passes that it makes.
+choose, as a share of that dense time, and the bytes of real caches, against the formula.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,11 @@ import pyarrow as pa
 import torch
 
 from compress.budget import Budget
-from compress.calibration import Calibration
 from compress.cost import cost
 from compress.latency import Timed, ratio, take_turns
 from compress.passes import METHODS
 from compress.passes.base import Pass
 from compress.passes.layers import RemoveLayers
-from compress.passes.prune import Prune
 from compress.passes.tokens import Tokens
 from compress.passes.width import Width
 from compress.recipe import compress
@@ -34,9 +30,7 @@ from compress.smaller import Smaller
 from compress.tokens.choice import Seen
 from probe.backends.twin import twin
 from probe.errors import PassError
-from probe.example import Example
 from probe.subject import Encoded, Subject
-from probe.tracing import last_logits
 from studies.run import Run
 from studies.speed import interleaved
 from studies.study import Summary, progress, study
@@ -44,9 +38,7 @@ from studies.study import Summary, progress, study
 SCHEMA = pa.schema([
     ("what", pa.string()), ("name", pa.string()), ("round", pa.int32()), ("phase", pa.string()), ("ms", pa.float64()),
 ])  # fmt: skip
-# Goals: measured over predicted time, choosing over the dense model's reading, and Wanda over its forward passes.
-PROMISED, CHOOSING, WANDA = 1.15, 0.05, 1.2
-TURNS = 6  # of Wanda and its forward passes: the fewest that give an interval
+PROMISED, CHOOSING = 1.15, 0.05  # goals: measured over predicted time, and choosing over the dense model's reading
 
 
 @study
@@ -62,7 +54,6 @@ def compressing(
     question: int = 24,
     keep: float = 0.25,
     rounds: int = 9,
-    examples: int = 4,
     out: Path | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -71,15 +62,14 @@ def compressing(
 ) -> Summary:
     """Does compression save the time that its FLOPs promise, and what does choosing cost?
 
-    The sizes are those of the study `speed`. `keep` is the share of visual tokens that stay; `rounds` how often everything takes its turn;
-    `examples` how many prompts Wanda is calibrated on (0 leaves it out).
+    The sizes are those of the study `speed`. `keep` is the share of visual tokens that stay; `rounds` how often everything takes its turn.
     """
     from studies.speed_model import example, llava_shaped, placed
 
     target, kind = placed(device, dtype)
     sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "ffn": ffn, "vocabulary": vocabulary,
              "image_side": image_side, "question": question, "device": str(target), "dtype": str(kind).removeprefix("torch.")}  # fmt: skip
-    asked = {**sizes, "keep": keep, "rounds": rounds, "examples": examples, "seed": seed}
+    asked = {**sizes, "keep": keep, "rounds": rounds, "seed": seed}
     run = Run.open(out, "compressing", asked, {"name": "random"}, SCHEMA)
     subject = llava_shaped(layers, width, heads, kv_heads, ffn, vocabulary, image_side, target, kind, seed)
     encoded = subject.encode(example(image_side, question))
@@ -91,10 +81,7 @@ def compressing(
         "run": str(run.folder), "n_positions": len(encoded.maps[0]), "n_visual": image_side**2, **asked, "promised": promised,
         "choosing": chosen | {name: _held(most[name], [float(np.median(dense))] * rounds, CHOOSING) for name in clips},
     }  # fmt: skip
-    calibrated = _calibrated(subject, example(image_side, question), examples, quiet) if examples else None
-    summary["wanda_over_forwards"] = calibrated
-    every = [*promised.values(), *summary["choosing"].values(), *([calibrated] if calibrated else [])]
-    summary["goals_met"] = all(row["verdict"] != "missed" for row in every)
+    summary["goals_met"] = all(row["verdict"] != "missed" for row in [*promised.values(), *summary["choosing"].values()])
     rows = [*_rows("promised", records), *_rows("choosing", more)]
     rows += [
         {"what": "choosing", "name": name, "round": i, "phase": "selector", "ms": ms}
@@ -183,21 +170,6 @@ def _held(these: list[float], base: list[float], goal: float) -> dict[str, Any]:
     return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "goal": goal, "verdict": verdict}
 
 
-def _calibrated(subject: Subject, one: Example, count: int, quiet: bool) -> dict[str, Any]:
-    """Wanda's plan over its forward passes: every layer runs twice, once to see what enters it, and once pruned."""
-    calibration = Calibration(tuple(replace(one, id=str(i)) for i in range(count)), answers=False, batch=1)
-    batches = calibration.encoded(subject)
-
-    def forwards() -> None:
-        for _ in range(2):
-            for encoded in batches:
-                last_logits(subject, encoded)
-
-    plan = partial(Prune(sparsity=0.5).plan, subject, {"calibration": calibration})
-    seconds = interleaved({"wanda": plan, "forwards": forwards}, TURNS, subject.device, quiet)
-    return _held(seconds["wanda"], seconds["forwards"], WANDA)
-
-
 def _chosen(
     subject: Subject, encoded: Encoded, keep: float, rounds: int, quiet: bool
 ) -> tuple[dict[str, Any], dict[str, list[Timed]]]:
@@ -254,12 +226,6 @@ def _table(summary: Mapping[str, Any]) -> str:
         told = f"{row['value']:.3f} {_between(row, '.3f')}"
         exact = "caches as the formula" if row["kv_exact"] else "CACHES DIFFER FROM THE FORMULA"
         lines.append(f"{name:<28}{row['flops_ratio']:>8.3f}{row['time_ratio']:>8.3f}{told:>28}   {row['verdict']}; {exact}")
-    if row := summary["wanda_over_forwards"]:
-        told = f"{row['value']:.3f} {_between(row, '.3f')}"
-        lines += [
-            "",
-            f"{'wanda / its forward passes':<28}{told:>44}   {row['verdict']} (goal 1.2, {summary['examples']} prompts)",
-        ]
     lines += ["", f"{'choosing':<28}{'share of the dense reading':>44}   goal 5 %"]
     for name, row in sorted(summary["choosing"].items(), key=lambda one: -one[1]["value"]):
         told = f"{row['value']:.2%} {_between(row, '.2%')}"
@@ -272,8 +238,7 @@ def _between(row: Mapping[str, Any], form: str) -> str:
 
 
 def _report(summary: Mapping[str, Any]) -> str:
-    missed = ["wanda"] if (summary["wanda_over_forwards"] or {}).get("verdict") == "missed" else []
-    missed += [name for part in ("promised", "choosing") for name, row in summary[part].items() if row["verdict"] == "missed"]
+    missed = [name for part in ("promised", "choosing") for name, row in summary[part].items() if row["verdict"] == "missed"]
     said = "No goal is surely missed." if not missed else f"Surely missed: {', '.join(missed)}."
     return (
         f"# Compressing\n\n*Does compression save the time that its FLOPs promise, and what does choosing cost?*\n\n{said} Medians of ratios within a "

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.analysis.stats import benjamini_hochberg, mcnemar, paired_difference, sign_flip
+from probe.analysis.stats import benjamini_hochberg, mcnemar, sign_flip
 from probe.plots import panels
 from probe.plots.budgets import Line, budgets
 from studies.run import Run
 from studies.study import Summary
-from studies.telling import bracketed
+from studies.telling import below, bracketed
 from studies.work import Rows, interval
-from studies.work import share as proportion_of
+from studies.work import share as proportion
 
 DENSE, SMALLER = "dense", "smaller picture"
 BASELINES = ("random", "uniform", "pooling", "downsampling", SMALLER)
@@ -33,7 +33,7 @@ def summarise(rows: pa.Table, seed: int) -> Summary:
     refused = {row["name"]: row["text"] for row in table if row["what"] == "refused"}
     reduced = {method: by_share for method, by_share in found.items() if method != DENSE}
     return {
-        "n": len(dense), "n_visual": n_visual, "dense": {"accuracy": proportion_of(_right([dense]), seed), "flops": dense[0]["flops"]},
+        "n": len(dense), "n_visual": n_visual, "dense": {"accuracy": proportion(_right([dense]), seed), "flops": dense[0]["flops"]},
         "methods": {method: _curve(by_share, dense, seed) for method, by_share in reduced.items()}, "refused": refused,
         "ranking": ranking(reduced, dense, seed), "kinds": _kinds(reduced, dense, seed), "overlap": _overlap(reduced),
         "own": _own(reduced, dense, seed),
@@ -63,7 +63,7 @@ def _curve(by_share: Mapping[float, Sequence[Rows]], dense: Rows, seed: int) -> 
     before = _right([dense])
     return {
         f"{share:g}": {
-            "accuracy": proportion_of(_right(draws), seed), "difference": _difference(_right(draws), before, seed),
+            "accuracy": proportion(_right(draws), seed), "difference": _difference(_right(draws), before, seed),
             "kept": float(np.mean([_count(row) for items in draws for row in items])), "flops_ratio": draws[0][0]["flops"] / dense[0]["flops"],
             "draws": len(draws),
         }
@@ -75,8 +75,8 @@ def _count(row: Mapping[str, Any]) -> int:
     return int(row["total"]) if row["kept"] is None else len(row["kept"])
 
 
-def _difference(these: np.ndarray, those: np.ndarray, seed: int) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), map(float, paired_difference(these, those, seed)), strict=True))
+def _difference(these: np.ndarray, those: np.ndarray, seed: int) -> dict[str, Any]:
+    return interval(these - those, seed)
 
 
 # --- which is best ---------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def ranking(reduced: Mapping[str, Mapping[float, Sequence[Rows]]], dense: Rows, 
         first = {method: _right(draws[:1]).astype(bool) for method, draws in right.items()}
         lines[f"{share:g}"] = [
             {
-                "method": method, "accuracy": proportion_of(means[method], seed),
+                "method": method, "accuracy": proportion(means[method], seed),
                 "over_random": _difference(means[method], means["random"], seed) if "random" in means else None,
                 "p_random": _two_sided(means[method] - means["random"], seed) if "random" in means and method != "random" else float("nan"),
                 "p_best": mcnemar(first[order[0]], first[method]) if method != order[0] else float("nan"),
@@ -125,7 +125,7 @@ def _kinds(reduced: Mapping[str, Mapping[float, Sequence[Rows]]], dense: Rows, s
         for share, draws in by_share.items():
             these = _right(draws)
             found.setdefault(f"{share:g}", {})[method] = {
-                kind: {**_difference(these[kinds == kind], before[kinds == kind], seed), "n": int((kinds == kind).sum())} for kind in names
+                kind: _difference(these[kinds == kind], before[kinds == kind], seed) for kind in names
             }  # fmt: skip
     return found
 
@@ -234,11 +234,11 @@ def _line(summary: Summary, name: str) -> dict[str, list[float]]:
 def _own_figure(summary: Summary) -> panels.Pair:
     """The share of the asked things' tokens that stays over the share of all tokens that stays."""
     shares = [share for share in summary["ranking"] if share in summary["own"]]
-    series = []
+    series: list[panels.Series] = []
     for k, share in enumerate(shares[:3]):
         found = summary["own"][share]
-        scaled = {
-            m: {end: float("nan") if one[end] is None else one[end] / one["chance"] for end in ("value", "low", "high")}
+        scaled: dict[str, dict[str, Any]] = {
+            m: {end: None if one[end] is None else one[end] / one["chance"] for end in ("value", "low", "high")}
             for m, one in found.items()
         }
         series.append((f"{float(share):.1%} kept", scaled, panels.colour(k)))
@@ -253,8 +253,8 @@ def report(summary: Summary) -> str:
     lines = [
         "# Token reduction", "", "*Which visual tokens can go, and which way of choosing them is best?*", "", answer(summary), "",
         "![accuracy](figures/accuracy.png)", "",
-        f"Accuracy on {summary['n']} questions against the visual tokens that stay ({summary['n_visual']:.0f} in the dense model), with 95 % bootstrap "
-        f"intervals over questions; random tokens are the mean of several draws. `{SMALLER}` shrinks the picture before the tower sees it.", "",
+        f"Accuracy on {summary['n']} questions against the visual tokens that stay ({summary['n_visual']:.0f} in the dense model), with 95 % "
+        f"intervals over questions (Wilson's; bootstrap for random tokens); random tokens are the mean of several draws. `{SMALLER}` shrinks the picture before the tower sees it.", "",
     ]  # fmt: skip
     for share, found in summary["ranking"].items():
         lines += [f"## {float(share):.1%} of the tokens kept", "", *_rank_table(found, summary["methods"], share), ""]
@@ -322,7 +322,7 @@ def _broken(summary: Summary) -> str:
     kinds = summary["kinds"][_middle(summary)]
     lines = []
     for kind in next(iter(kinds.values())):
-        lost = sorted(((m, one[kind]) for m, one in kinds.items() if one[kind]["high"] < 0), key=lambda pair: pair[1]["value"])
+        lost = sorted(((m, one[kind]) for m, one in kinds.items() if below(one[kind])), key=lambda pair: pair[1]["value"])
         n = next(iter(kinds.values()))[kind]["n"]
         told = ", ".join(f"{m} {one['value']:+.0%}" for m, one in lost[:5]) or "none"
         lines.append(f"- {kind} (n = {n}): {len(lost)} of {len(kinds)} methods lose by their own interval; most: {told}")

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from compress.tokens.media import Shape
-from probe.attention import Call, RowAttention, attend_rows
+from probe.attention import Call, RowAttention, attend_rows, score_rows
 from probe.errors import PassError
 
 
@@ -87,10 +87,9 @@ class Seen:
             heads = slice(group * each, (group + 1) * each)
             part = replace(call, query=call.query[:, heads], key=call.key[:, group : group + 1])
             shift = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
-            found = attend_rows(part, rows, visible if visible.shape[1] == 1 else visible[:, heads], shift)
-            # Scores are less their row's maximum, and hidden ones far below anything: what is hidden stays zero.
-            weight = found.score[0].div_(temperature).exp_().mul_(found.weight[0] > 0)
-            yield weight.div_(weight.sum(-1, keepdim=True).clamp_(min=torch.finfo(weight.dtype).tiny))
+            own = visible if visible.shape[1] == 1 else visible[:, heads]
+            weight = score_rows(part, rows, own, shift)[0].div_(temperature).softmax(-1)
+            yield weight if bool(own.any(-1).all()) else weight.nan_to_num_(0.0)
 
     @property
     def entered(self) -> Float[Tensor, "n width"]:

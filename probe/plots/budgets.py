@@ -9,8 +9,8 @@ import numpy as np
 from probe.plots.panels import Pair
 from probe.plots.style import LAYOUT, band, styled
 
-# (a line's name, its points with `x mean low high`, colour, dashed)
-Line = tuple[str, Mapping[str, Sequence[float]], str, bool]
+# (a line's name, its points with `x mean low high` (None where there is no interval), colour, dashed)
+Line = tuple[str, Mapping[str, Sequence[Any]], str, bool]
 
 
 def budgets(panels: Sequence[tuple[str, Sequence[Line]]], label: str, axis: str) -> Pair:
@@ -27,7 +27,8 @@ def _on_paper(panels: Sequence[tuple[str, Sequence[Line]]], label: str, axis: st
             for name, points, colour, dashed in lines:
                 x = np.array(points["x"], dtype=float)
                 place.plot(x, points["mean"], color=colour, linestyle="--" if dashed else "-", marker="o", label=name)
-                place.fill_between(x, points["low"], points["high"], color=colour, alpha=0.10, linewidth=0)
+                low, high = (np.array(points[side], dtype=float) for side in ("low", "high"))
+                place.fill_between(x, low, high, color=colour, alpha=0.10, linewidth=0)
             place.set(title=title, xlabel=label)
             place.set_xscale("log", base=2)
             _name_counts(place, [x for _, points, _, _ in lines for x in points["x"]])

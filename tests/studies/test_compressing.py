@@ -13,7 +13,7 @@ from studies.compressing import _held
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressing") / "r"
-    sizes = "--layers 2 --width 32 --heads 2 --kv-heads 2 --ffn 64 --vocabulary 600 --image-side 4 --question 4 --rounds 2 --examples 1"
+    sizes = "--layers 2 --width 32 --heads 2 --kv-heads 2 --ffn 64 --vocabulary 600 --image-side 4 --question 4 --rounds 2"
     asked = ["study", "compressing", *sizes.split(), "--out", str(folder), "--device", "cpu", "--json", "--quiet"]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
@@ -31,7 +31,6 @@ def test_every_promise_and_every_reducer_is_measured(found):
     assert said["promised"]["without 1 layers"]["flops_ratio"] == pytest.approx(0.5, abs=0.05)
     assert set(said["choosing"]) == set(METHODS)
     assert all(row["value"] > 0 and row["goal"] == 0.05 for row in said["choosing"].values())
-    assert said["wanda_over_forwards"]["value"] > 1
     report = (folder / "report.md").read_text()
     assert all(name in report for name in METHODS)
     assert "DIFFER" not in report
