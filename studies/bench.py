@@ -261,7 +261,7 @@ def collect(rows: pa.Table) -> list[dict[str, Any]]:
     for point in points:
         name = point["name"]
         point["standing"] = {"flops": flops[name], "prefill": times.get(name)}
-        point["on_frontier"] = (times.get(name) or flops[name]) == "frontier"
+        point["on_frontier"] = "frontier" in (flops[name], times.get(name))  # of FLOPs, or of measured time
         point["separable"] = "dominated" not in (flops[name], times.get(name))
     return [{**{key: point[key] for key in KEYS}, **point} for point in points]
 
