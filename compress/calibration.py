@@ -227,6 +227,7 @@ class _Idle:
         return torch.zeros_like(state)
 
 
+@torch.no_grad()
 def refuse(subject: Subject, batch: Encoded) -> None:
     """Raises PassError where the layers, run by themselves, are not what they are in the model; found out on one example."""
     family = subject.anatomy.family

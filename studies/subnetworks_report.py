@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from probe.analysis.overlap import chance_iou
-from probe.analysis.stats import benjamini_hochberg, mcnemar, paired_difference
+from probe.analysis.stats import benjamini_hochberg, ends, mcnemar, paired_difference
 from probe.plots.panels import GREY, Line, Series, curves, tables, values
 from probe.plots.style import COLOURS
 from studies.run import Run
@@ -70,11 +70,15 @@ def _against(points: Points, rows: Sequence[Mapping[str, Any]], shares: Sequence
         base = right.get(f"wanda {share:g}")
         for name in (p["name"] for p in points if p["name"].partition(",")[0].endswith(f" {share:g}")):
             if base is not None and name != f"wanda {share:g}":
-                value, low, high = (float(x) for x in paired_difference(right[name].astype(float), base.astype(float), seed))
-                found.append(
-                    {"name": name, "sparsity": share, "value": value, "low": low, "high": high, "p": mcnemar(right[name], base)}
-                )
+                found.append({"name": name, "sparsity": share, **_paired(right[name], base, seed)})
     return _with_q(found)
+
+
+def _paired(these: np.ndarray, those: np.ndarray, seed: int) -> dict[str, float | None]:
+    """How much more often these are right than those, on the same questions, and McNemar's p."""
+    value, low, high = (float(x) for x in paired_difference(these.astype(np.float64), those.astype(np.float64), seed))
+    low_end, high_end = ends(low, high)
+    return {"value": value, "low": low_end, "high": high_end, "p": mcnemar(these, those)}
 
 
 def _with_q(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,9 +117,7 @@ def _cross(family: Family, rows: Sequence[Mapping[str, Any]], seed: int) -> dict
     for column in family.names:
         own = table[column, column]
         for mask in (name for name in family.rows if name != column):
-            value, low, high = (float(x) for x in paired_difference(table[mask, column].astype(float), own.astype(float), seed))
-            p = mcnemar(table[mask, column], own)
-            paired.append({"mask": mask, "asked": column, "value": value, "low": low, "high": high, "p": p})
+            paired.append({"mask": mask, "asked": column, **_paired(table[mask, column], own, seed)})
     return {
         "masks": family.rows, "groups": family.names, "n": [len(table[c, c]) for c in family.names],
         "calibration": [len(g.calibration) for g in family.groups],
@@ -242,7 +244,7 @@ def report(summary: Mapping[str, Any]) -> str:
 
 def _answer(summary: Mapping[str, Any], full: Mapping[str, Any], steps: Points) -> str:
     text = f"The dense model answers {full['accuracy']:.1%} of {summary['n']} questions. "
-    kept = [p for p in steps if p.get("difference") and p["difference"]["low"] > -0.05]
+    kept = [p for p in steps if p.get("difference") and _low(p["difference"]) > -0.05]
     shares = {p["name"]: _share(p) for p in kept}
     if shares:
         best = max(shares.values())
@@ -286,8 +288,15 @@ def _table(steps: Points) -> str:
     return "\n".join(lines)
 
 
-def _told(change: Mapping[str, float] | None) -> str:
-    return "" if change is None else bracketed(change, "+.1%")
+def _told(change: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, where it has one."""
+    if change is None:
+        return ""
+    return f"{change['value']:+.1%}" + ("" if change["low"] is None else f" [{change['low']:+.1%}, {change['high']:+.1%}]")
+
+
+def _low(change: Mapping[str, Any]) -> float:
+    return float(change["value"] if change["low"] is None else change["low"])
 
 
 def _compared(summary: Mapping[str, Any]) -> str:
