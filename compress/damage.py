@@ -79,27 +79,16 @@ def _one(subject: Subject, encoded: Encoded, kinds: Sequence[str]) -> dict[str, 
 
 
 def step_damage(
-    subject: Subject, steps: Sequence[Pass], batches: Sequence[Encoded], clean: Sequence[Tensor] | None = None
-) -> Float[np.ndarray, " example"]:
-    """Several steps applied together to a copy, measured on encoded examples; `clean` are the dense model's last logits of each batch."""
+    subject: Subject, steps: Sequence[Pass], batches: Sequence[Encoded], clean: Sequence[Tensor] | None = None, in_place: bool = False
+) -> Float[np.ndarray, " example"]:  # fmt: skip
+    """Several steps applied together to a copy, measured on encoded examples; `clean` are the dense model's last logits of each batch.
+
+    `in_place` spares the copy, for steps that only hang on the model while it runs: it is as it was afterwards.
+    """
     before = [last_logits(subject, one) for one in batches] if clean is None else clean
-    smaller = compress(subject, list(steps))
+    smaller = compress(subject, list(steps), in_place=in_place)
     try:
-        return np.concatenate([
-            divergence(was, last_logits(smaller, one)) for was, one in zip(before, batches, strict=True)
-        ])  # fmt: skip
-    finally:
-        smaller.detach()
-
-
-def token_damage(
-    subject: Subject, step: Pass, batches: Sequence[Encoded], clean: Sequence[Tensor]
-) -> Float[np.ndarray, " example"]:
-    """One step that only hangs on the model while it runs: measured on the model itself, which is as it was afterwards."""
-    smaller = compress(subject, [step], in_place=True)
-    try:
-        return np.concatenate([
-            divergence(was, last_logits(smaller, one)) for was, one in zip(clean, batches, strict=True)
-        ])  # fmt: skip
+        each = [divergence(was, last_logits(smaller, one)) for was, one in zip(before, batches, strict=True)]
+        return np.concatenate(each)
     finally:
         smaller.detach()

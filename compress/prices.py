@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.budget import Budget
 from compress.cost import cost
-from compress.damage import KINDS, layer_damage, token_damage
+from compress.damage import KINDS, layer_damage, step_damage
 from compress.evidence import gather
 from compress.latency import ratio, take_turns
 from compress.passes.base import Evidence, Pass, find_pass
@@ -151,7 +151,7 @@ def _tokens(
     found = []
     for step in _token_steps(subject.n_layers):
         try:
-            damage = interval(token_damage(subject, step, batches, clean), seed)
+            damage = interval(step_damage(subject, [step], batches, clean, in_place=True), seed)
             found.append(Price("tokens", 0, damage, step, _choosing(subject, step, batches[0])))
         except PassError as error:
             notes.append(f"tokens: {error}")
