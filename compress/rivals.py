@@ -19,7 +19,7 @@ def rivals(
     draft: Draft, prices: Mapping[str, Sequence[Price]], count: Callable[[Draft], float], n_layers: int, budget: float, seed: int
 ) -> tuple[Recipe, ...]:  # fmt: skip
     """Recipes that meet a budget and know nothing of the model: tokens kept at random or evenly, layers removed at random, and the
-    plan's own kinds of steps at layers drawn at random; those that can meet it.
+    plan's own kinds of steps drawn at random until it is met; those that can meet it. Whole layers may save somewhat more than is asked.
     """
     found: dict[str, Draft | None] = {}
     if "tokens" in prices:
@@ -28,7 +28,7 @@ def rivals(
         rng = np.random.default_rng([seed, number])
         if "remove" in prices:
             found[f"random layers {number}"] = _layers(prices, count, n_layers, budget, rng)
-        found[f"same steps at random layers {number}"] = _moved(draft, prices, n_layers, rng)
+        found[f"its kinds of steps at random {number}"] = _blind(draft, prices, count, n_layers, budget, rng)
     own = steps(draft, n_layers)
     made = {name: steps(one, n_layers) for name, one in found.items() if one is not None}
     return tuple(Recipe(tuple(passes), f"no evidence: {name}", seed=seed) for name, passes in made.items() if passes != own)
@@ -55,16 +55,21 @@ def _layers(
     return None
 
 
-def _moved(draft: Draft, prices: Mapping[str, Sequence[Price]], n_layers: int, rng: np.random.Generator) -> Draft:
-    """As many layers of each kind, other ones."""
-    taken: set[int] = set()
-    for kind in LAYERS:
-        free = [
-            one.layer
-            for one in prices.get(kind, ())
-            if one.layer not in taken and (kind == "remove" or one.layer < draft.withdrawn)
-        ]
-        drawn = frozenset(int(layer) for layer in rng.permutation(free)[: len(draft.layers(kind))])
-        taken |= drawn
-        draft = draft.on(kind, drawn)
-    return draft
+def _blind(
+    draft: Draft, prices: Mapping[str, Sequence[Price]], count: Callable[[Draft], float], n_layers: int, budget: float, rng: np.random.Generator
+) -> Draft | None:  # fmt: skip
+    """Steps of the kinds that a draft has, in a random order until the budget is met: other layers, random tokens of the same share."""
+    share = getattr(getattr(draft.tokens and draft.tokens.step, "budget", None), "keep", 0.5)
+    made = Draft(n_layers)
+    if draft.tokens is not None:
+        made = replace(made, tokens=Price("tokens", 0, (0.0, 0.0, 0.0), Tokens(method="random", budget=Budget(keep=share))))
+    if draft.withdrawn < n_layers:
+        made = replace(made, withdrawn=int(rng.choice([one.layer for one in prices["withdraw"]])))
+    steps = [(kind, one.layer) for kind in LAYERS if draft.layers(kind) for one in prices.get(kind, ())]
+    for number in rng.permutation(len(steps)):
+        if count(made) <= budget:
+            return made
+        kind, layer = steps[number]
+        if layer not in made.removed:
+            made = made.on(kind, made.layers(kind) | {layer})
+    return made if count(made) <= budget else None

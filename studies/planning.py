@@ -24,11 +24,19 @@ ELSEWHERE = 1000  # added to the seed of the demo's scenes: none of them is amon
 def set_apart(data: Data, source: str = "") -> tuple[tuple[Example, ...], str]:
     """Examples that evidence comes from, and what they are in words: those of `source`, other scenes of the demo, or else the measured ones."""
     if source:
-        return load_data(source, APART).examples, f"up to {APART} examples of {source}"
+        examples = load_data(source, APART, seed=ELSEWHERE if source in TELLINGS else 0).examples
+        shared = {_content(one) for one in examples} & {_content(one) for one in data.examples}
+        also = f", {len(shared)} of them among the questions that are measured" if shared else ""
+        return examples, f"{len(examples)} examples of {source}{also}"
     if data.name in TELLINGS:
         seed = int(data.fingerprint.rsplit(":", 1)[1]) + ELSEWHERE
         return load_data(data.name, APART, seed=seed).examples, f"{APART} questions about other scenes"
     return data.examples, "the questions that are measured (name others with --evidence-data)"
+
+
+def _content(example: Example) -> tuple[Any, ...]:
+    """What is asked of what, whatever its id."""
+    return (example.prompt, example.context, example.answer, example.regions, tuple(sorted(example.tags.items())))
 
 
 def planned(

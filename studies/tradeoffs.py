@@ -9,12 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from compress.evidence import gather
 from compress.passes import METHODS
 from compress.passes.base import Evidence
 from compress.planning import Cost
 from compress.recipe import Recipe, parse
-from probe.analysis.stats import paired_difference
+from probe.analysis.stats import benjamini_hochberg, paired_difference, sign_flip
 from probe.errors import PassError, StudyError, did_you_mean
 from studies.bench import SCHEMA, Bench, Configuration, collect
 from studies.configurations import configurations, left_out
@@ -63,7 +65,7 @@ def tradeoffs(
         "run": str(run.folder), "n": len(bench.examples), "unused": bench.sifted[1], "points": points, "skipped": {**refused, **left_out()},
         "frontier": [point["name"] for point in points if point["on_frontier"]],
         "evidence_plan": next((point for point in points if point["name"] == PLANS["flops"]), None),
-        "plans": {PLANS[cost]: {**plan, "against": _against(rows, plan, setting.seed)} for cost, plan in plans.items() if plan},
+        "plans": {PLANS[cost]: {**plan, "against": _against(rows, points, plan, setting.seed)} for cost, plan in plans.items() if plan},
     })  # fmt: skip
     run.figure("frontier", *figure(points))
     run.finish(summary, report(summary))
@@ -133,30 +135,32 @@ def _recipe(text: str) -> Recipe:
     return parse(yaml.safe_load(text))
 
 
-def _against(rows: Any, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The plan's accuracy less that of the same budget without evidence, item by item; what was drawn several times is averaged first."""
+def _against(rows: Any, points: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The plan's accuracy less that of the same budget without evidence, item by item; what was drawn several times is averaged first.
+
+    `p` is a two-sided sign-flip test over items, `q` its correction over the comparisons.
+    """
     if "refused" in plan or plan["cost"] != "flops":
         return {}
     table = rows.to_pandas()
     items = table[table["what"] == "item"].pivot(index="example", columns="name", values="right").astype(float)
+    flops = {point["name"]: point["flops_ratio"] for point in points}
     groups: dict[str, list[str]] = {}
     for name in plan["rivals"]:
         if name in items:
             groups.setdefault(name.rstrip("0123456789 "), []).append(name)
     found = {}
     for group, names in groups.items():
-        value, low, high = (
-            float(side)
-            for side in paired_difference(items[PLANS["flops"]].to_numpy(), items[names].mean(axis=1).to_numpy(), seed)
-        )
+        own, theirs = items[PLANS["flops"]].to_numpy(), items[names].mean(axis=1).to_numpy()
+        value, low, high = (float(side) for side in paired_difference(own, theirs, seed))
+        gap = (own - theirs)[:, None]
+        p = float(min(1.0, 2 * min(sign_flip(gap, seed)[0], sign_flip(-gap, seed)[0])))
         found[group] = {
-            "value": value,
-            "low": low,
-            "high": high,
-            "draws": len(names),
-            "accuracy": float(items[names].to_numpy().mean()),
-        }
-    return found
+            "value": value, "low": low, "high": high, "p": p, "draws": len(names), "accuracy": float(items[names].to_numpy().mean()),
+            "flops_ratio": float(np.mean([flops[name] for name in names])),
+        }  # fmt: skip
+    q: Any = benjamini_hochberg(np.array([one["p"] for one in found.values()], dtype=np.float64)) if found else []
+    return {group: {**one, "q": float(value)} for (group, one), value in zip(found.items(), q, strict=True)}
 
 
 # --- options -------------------------------------------------------------------------------------------------------------

@@ -68,14 +68,18 @@ def _against(plan: Mapping[str, Any]) -> list[str]:
         return []
     lines = [
         "The same FLOPs met without evidence; differences are the plan's accuracy less theirs, paired on the same questions:", "",
-        "| without evidence | draws | accuracy | the plan is better by |", "|---|---|---|---|",
+        "| without evidence | draws | FLOPs | accuracy | the plan is better by | q |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, found in plan["against"].items():
         lines.append(
-            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['accuracy']:.1%} | {bracketed(found, '+.1%')} |"
+            f"| {name.removeprefix('no evidence: ')} | {found['draws']} | {found['flops_ratio']:.0%} | {found['accuracy']:.1%} | {bracketed(found, '+.1%')} | "
+            f"{found['q']:.2g} |"
         )
-    sure = sum(found["low"] > 0 for found in plan["against"].values())
-    return [*lines, "", f"The plan beats {sure} of {len(plan['against'])} of them beyond the 95 % interval.", ""]
+    sure = sum(found["value"] > 0 and found["q"] < 0.05 for found in plan["against"].values())
+    return [
+        *lines, "", f"The plan is surely better than {sure} of {len(plan['against'])} of them (sign-flip tests over questions, false discovery rate of 5 % over "
+        f"these). What is drawn is averaged over its draws first, which are few: the interval is one over questions.", "",
+    ]  # fmt: skip
 
 
 _WHERE = {

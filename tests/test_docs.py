@@ -69,7 +69,7 @@ def test_every_python_example_runs(page, code, tmp_path, monkeypatch):
 
 def test_there_are_examples():
     assert {page for page, _ in EXAMPLES} == {
-        "README.md", "docs/compress/distillation.md", "docs/compress/measuring.md", "docs/compress/planning.md", "docs/compress/recipes.md",
+        "README.md", "docs/compress/distillation.md", "docs/compress/measuring.md", "docs/compress/recipes.md",
         "docs/compress/weights.md", "docs/compress/width.md", "docs/studies/backends.md",
         "docs/studies/information-flow.md", "docs/studies/patching.md", "docs/tokens.md", "docs/tracing.md",
     }  # fmt: skip

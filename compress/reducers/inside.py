@@ -1,6 +1,6 @@
 """Methods that choose inside the decoder, by its own attention.
 
-Paper or code, all from section 4 of the survey that `docs/compress/tokens.md` sums up:
+Paper or code:
 
 - FastV (arXiv 2403.06764): the paper speaks of the average attention a token receives, its code reads the last prompt token's
   row; so does `fastv`.

@@ -228,22 +228,25 @@ def test_rivals_meet_the_budget_too():
     dense = mean_cost(subject, prompts).macs
     assert len(found.rivals) >= 3
     for rival in found.rivals:
-        if "same steps" in rival.name:
-            continue  # as many layers of each kind; what that saves depends on where they are
         smaller = compress(subject, rival)
         assert mean_cost(smaller, prompts).macs / dense <= 0.6 * 1.02, rival.name
         smaller.detach()
     assert all(rival.passes != found.recipe.passes for rival in found.rivals)
 
 
-def test_layers_that_are_drawn_are_as_many_of_each_kind():
+def test_what_is_drawn_has_the_kinds_of_the_plan_and_meets_its_budget():
     table = {kind: [Price(kind, layer, (1.0, 1.0, 1.0)) for layer in range(8)] for kind in ("remove", "freeze", "ffn")}
+
+    def cost(draft):
+        return 1 - 0.1 * len(draft.removed) - 0.05 * len(draft.frozen - draft.removed)
+
     draft = Draft(8, removed=frozenset({1, 2}), frozen=frozenset({0, 3, 4}))
-    found = [one for one in rivals(draft, table, flat, 8, 0.8, 0) if "same steps" in one.name]
+    found = [one for one in rivals(draft, table, cost, 8, cost(draft), 0) if "kinds of steps" in one.name]
     assert len(found) == 3
     for one in found:
-        assert len(one.passes[0].layers) == 2
-        assert len(one.passes[1].layers) == 3
+        sets = {step.title: set(step.layers) for step in one.passes}
+        assert set(sets) <= {"remove-layers", "shortv"}
+        assert 1 - 0.1 * len(sets.get("remove-layers", ())) - 0.05 * len(sets.get("shortv", ())) <= cost(draft) + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_asking_again_gives_the_same_bytes(run):
     assert len(parts) == 2 * 2 + 4
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(tmp_path):
     subject, data = load("demo:frozen"), load_data("demo", 9)
     found = [

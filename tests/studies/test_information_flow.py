@@ -194,6 +194,7 @@ def test_examples_without_boxes_have_no_patch_flows(subject, tmp_path):
     assert "image->question" in summary["flows"]
 
 
+@pytest.mark.slow
 def test_the_naive_method_gives_the_same_numbers(done, subject, tmp_path):
     _, fast = done
     slow = information_flow(

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from compress.passes import METHODS
 from probe import load
-from probe.errors import StudyError
+from probe.errors import PassError, StudyError
 from studies import planning
 from studies import tradeoffs as module
 from studies.bench import KEYS
@@ -168,9 +168,13 @@ def test_a_plan_from_evidence_stands_beside_what_it_must_beat(stranger, tmp_path
     assert (tmp_path / "r/plan-flops.json").read_bytes() == kept
 
 
-def test_a_budget_that_cannot_be_met_is_said(stranger, tmp_path, few):
+def test_a_budget_that_cannot_be_met_is_said(stranger, tmp_path, few, monkeypatch):
+    def refused(*_):
+        raise PassError("no set of the steps that this model allows reads a prompt with 1% of its FLOPs: take a larger budget")
+
+    monkeypatch.setattr(module, "planned", refused)  # what a planner says of such a budget is a test of the planner
     setting = Setting(load(stranger), load_data("demo", 2), tmp_path / "r")
-    found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0, budget=0.001)
+    found = tradeoffs(setting, shares="0.5", methods="uniform", rounds=0, budget=0.01)
     assert found["evidence_plan"] is None
     assert "take a larger budget" in (tmp_path / "r/report.md").read_text()
 
