@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from math import ceil, floor
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from probe.errors import PassError
 
@@ -24,6 +24,15 @@ class Budget(BaseModel):
     keep: Annotated[int | float, Field(gt=0)] = 0.5
     unit: Unit = "kept_after"
     rounding: Rounding = "round"
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _said_clearly(cls, keep: Any) -> Any:
+        if isinstance(keep, bool):
+            raise ValueError("keep is a share (0.5) or a whole number of tokens (16), not yes or no")
+        if isinstance(keep, float) and keep > 1 and keep != int(keep):
+            raise ValueError(f"keep is a share up to 1.0 or a whole number of tokens, and {keep:g} is neither")
+        return keep
 
     def count(self, n: int, layer: int = 0, n_layers: int = 1, cost: Sequence[float] = (1.0, 0.0)) -> int:
         """Tokens that stay of `n` when they are dropped at the input of `layer` of `n_layers`.

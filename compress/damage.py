@@ -57,7 +57,7 @@ def _one(subject: Subject, encoded: Encoded, kinds: Sequence[str]) -> dict[str, 
     patches: list[Patch] = []
     for kind in kinds:
         at = every if kind == "remove" else visual
-        for layer in range(subject.n_layers) if len(at) else ():
+        for layer in sorted(entered) if len(at) else ():
             state = entered[layer][torch.from_numpy(at).to(entered[layer].device)]
             patches.append(
                 Patch("mlp_out", layer, at.tolist(), torch.zeros_like(state))
@@ -69,12 +69,12 @@ def _one(subject: Subject, encoded: Encoded, kinds: Sequence[str]) -> dict[str, 
     except ReplayError:
         swept = sweep(subject, encoded, patches, "naive")
     kl = divergence(swept.clean.expand_as(swept.edited[0]), swept.edited[0])
-    missing = np.full(subject.n_layers, np.nan)
-    found, start = {}, 0
+    found = {kind: np.full(subject.n_layers, np.nan) for kind in kinds}
+    start = 0
     for kind in kinds:
-        there = kind == "remove" or len(visual)
-        found[kind] = kl[start : start + subject.n_layers] if there else missing
-        start += subject.n_layers if there else 0
+        if kind == "remove" or len(visual):
+            found[kind][sorted(entered)] = kl[start : start + len(entered)]
+            start += len(entered)
     return found
 
 

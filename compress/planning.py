@@ -122,7 +122,7 @@ def plan(
     best, draft = min(meeting, key=lambda one: one[0].measured[0])
     about = (
         f"planned for {budget:.0%} of the dense model's {UNITS[cost]} of reading a prompt: {best.share(cost):.1%}, moves the answer's distribution by "
-        f"{best.measured[0]:.3g} nats [{best.measured[1]:.3g}, {best.measured[2]:.3g}] on {len(chosen)} examples"
+        f"{best.measured[0]:.3g} nats [{best.measured[1]:.3g}, {best.measured[2]:.3g}] on the {len(chosen)} examples that it was chosen by, among {len(tried)} plans"
     )
     recipe = Recipe(tuple(steps(draft, subject.n_layers)), "evidence-plan", about, seed)
     every = tuple(sorted((one for one, _ in tried), key=lambda one: one.measured[0]))
@@ -143,6 +143,8 @@ def _drafts(
 ) -> dict[Draft, tuple[str, ...]]:
     """The draft of every set of kinds that can meet the budget, least damage first. Raises PassError where none can."""
     there = [kind for kind in KINDS if kind in priced.of]
+    if not there:
+        raise PassError(f"this model allows none of the steps that plans are made of: {'; '.join(priced.notes[:3])}")
     found: dict[Draft, tuple[str, ...]] = {}
     for number in range(1, 2 ** len(there)):
         kinds = tuple(kind for i, kind in enumerate(there) if number >> i & 1)
@@ -196,9 +198,16 @@ def _choice(price: Price, priced: Prices, saves: float) -> Choice:
     else:
         what = WHAT[price.kind].format(layer=price.layer)
     value, low, high = price.damage
-    return Choice(
-        what,
-        f"{WHY[price.kind]} {value:.3g} nats [{low:.3g}, {high:.3g}], rank {rank} of {len(others)} {of}",
-        price.damage,
-        saves,
-    )
+    why = f"{WHY[price.kind]} {value:.3g} nats [{low:.3g}, {high:.3g}], rank {rank} of {len(others)} {of}{_beside(price, priced.evidence)}"
+    return Choice(what, why, price.damage, saves)
+
+
+def _beside(price: Price, evidence: Evidence) -> str:
+    """What runs say of the same layer: how much visual tokens change in it, how far both kinds use its weights, where pictures stop to matter."""
+    if price.kind in ("freeze", "ffn") and evidence.get("drift"):
+        return f"; they keep a cosine of {evidence['drift'][price.layer]:.3f} with themselves across it"
+    if price.kind == "remove" and evidence.get("overlap"):
+        return f"; visual tokens and words share {evidence['overlap'][price.layer]:.2f} of its weights"
+    if price.kind == "withdraw" and evidence.get("withdrawal_from"):
+        return f" ({evidence['withdrawal_from']}, whose cut-off is layer {evidence['cutoff']['layer']})"
+    return ""

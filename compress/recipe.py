@@ -75,7 +75,10 @@ def parse(text: Any, where: str = "recipe") -> Recipe:
         except PassError as error:
             raise RecipeError(f"{where}: passes.{number}: {error}") from error
         seen.append(one.title)
-    return Recipe(tuple(passes), str(text.get("name", "recipe")), str(text.get("about", "")), int(text.get("seed", 0)))
+    seed = text.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise RecipeError(f"{where}: seed is a whole number, not {seed!r}")
+    return Recipe(tuple(passes), str(text.get("name", "recipe")), str(text.get("about", "")), seed)
 
 
 def _pass(step: Any, where: str) -> Pass:

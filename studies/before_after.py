@@ -127,10 +127,13 @@ def unit(
         after = _looked(twin, encoded, width)
         stays = _stays(twin, encoded)
         after |= {"alike": _alike(twin, encoded, stays)}
+    gone = min((one.layer for one in smaller.reducers if one.select is None), default=smaller.n_layers)
+    after["alike"] = [[*values[: gone + 1], *[float("nan")] * (len(values) - gone - 1)] for values in after["alike"]]
+    kept = [0 if gone < smaller.n_layers else len(one) for one in stays]
     dense = models["before"]
     before = {**_looked(dense, encoded, width), "alike": _alike(dense, encoded, stays)}
     for name, looked in (("before", before), ("after", after)):
-        rows += _rows(name, looked, numbers[name], usable, right[name], [len(one) for one in stays])
+        rows += _rows(name, looked, numbers[name], usable, right[name], kept)
     return rows
 
 
@@ -173,7 +176,7 @@ def _swept(subject: Subject, encoded: Encoded, entries: list[Knockout]) -> Sweep
 
 
 def _stays(twin: Smaller, encoded: Encoded) -> list[np.ndarray]:
-    """What is shown and never dropped of each example; all of it where everything is (the layers before that are then compared)."""
+    """What is shown and never dropped of each example; all of it where everything leaves in the end, up to the layer where it does."""
     found = []
     read = twin.runtime.read if twin.runtime is not None else None
     for i, token_map in enumerate(encoded.maps):

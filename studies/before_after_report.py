@@ -60,15 +60,19 @@ def _compared(
     table: pd.DataFrame, what: str, flow: str | None, ids: Sequence[str], layers: Mapping[str, Sequence[int]], seed: int
 ) -> dict[str, Any]:
     """Both models' curves, and their paired difference at the layers that both have."""
-    both = [layer for layer in layers["before"] if layer in layers["after"]]
     found = {name: _matrix(table, what, flow, name, ids, layers[name]) for name in MODELS}
+    there = [layer for layer, column in zip(layers["after"], found["after"].T, strict=True) if not np.isnan(column).all()]
+    both = [layer for layer in layers["before"] if layer in there]
     curves = {name: curve(found[name], layers[name], seed) for name in MODELS}
     if len(ids) < 2:
         return {
             **curves,
             "difference": {"layers": both, "mean": [None] * len(both), "low": None, "high": None, "p": [None] * len(both)},
         }
-    gap = found["after"] - found["before"][:, [list(layers["before"]).index(layer) for layer in both]]
+    gap = (
+        found["after"][:, [list(layers["after"]).index(layer) for layer in both]]
+        - found["before"][:, [list(layers["before"]).index(layer) for layer in both]]
+    )
     mean, low, high = bootstrap_mean(gap, seed)
     p = np.minimum(1.0, 2 * np.minimum(sign_flip(gap, seed), sign_flip(-gap, seed)))
     lists = {name: np.asarray(side).tolist() for name, side in (("mean", mean), ("low", low), ("high", high), ("p", p))}
@@ -171,7 +175,7 @@ def report(summary: Summary, setting: Setting) -> str:
     lines += [
         "## Where attention goes", "", "![attention](figures/attention.png)", "", *_changed(summary["masses"], "of the mass"), "",
         "## How alike what is shown and the words are", "", "![alignment](figures/alignment.png)", "",
-        f"Cosine of the mean token of what stays of the picture ({summary['kept_tokens']:.1f} tokens on average; the same tokens in both models) and of the "
+        f"Cosine of the mean token of what stays of the picture ({summary['kept_tokens']:.1f} tokens on average; the same positions in both models; where all leave in the end, up to there) and of the "
         f"mean word, of one example.", "", *_changed({"likeness": summary["alike"]}, "of cosine"), "",
         "## Which questions broke", "", _broken(answers["by_kind"]), "",
     ]  # fmt: skip

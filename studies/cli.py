@@ -275,7 +275,8 @@ def measure(
 
         bench = Bench(other or subject, found, batch, rounds, tokens, seed=seed)
         result = measured(subject, other, bench, out, quiet)
-        _say(result, as_json, lambda: f"{sentence(result)}\nreport: {result['run']}/report.md")
+        note = f"\n{result['note']}" if result["note"] else ""
+        _say(result, as_json, lambda: f"{sentence(result)}{note}\nreport: {result['run']}/report.md")
 
 
 @app.command()
@@ -298,6 +299,7 @@ def compress(
         if run and plan is None:
             raise StudyError("--run is read to make a plan: add --plan auto")
         from compress.recipe import read
+        from compress.smaller import Smaller
         from studies.bench import Bench
         from studies.measuring import gather, make, refuse_folder
         from studies.planning import planned, set_apart, told
@@ -308,7 +310,11 @@ def compress(
         refuse_folder(folder)
         found = _load_data(data, limit, columns, seed)
         subject = _load(model, device, dtype, None, trust_remote_code)
-        examples, _ = set_apart(found, evidence_data)
+        if isinstance(subject, Smaller):
+            raise StudyError(
+                f"{model} is compressed already: put all passes into one recipe for {', '.join(subject.parents) or 'the dense model'}"
+            )
+        examples, whence = set_apart(found, evidence_data)
         made = None if asked else planned(subject, examples, budget, run or (), seed, quiet, cost)
         asked = asked or (made.recipe if made else None)
         assert asked is not None
@@ -316,8 +322,20 @@ def compress(
         result = make(subject, asked, bench, folder, quiet, gather(subject, asked, examples, seed))
         if made:
             (folder / "recipe.yaml").write_text(made.recipe.dumped())
-            (folder / "plan.md").write_text("\n".join(["# The plan", "", *told(made), ""]))
+            (folder / "plan.md").write_text(
+                "\n".join(
+                    [
+                        "# The plan",
+                        "",
+                        *told(made),
+                        "",
+                        f"The evidence comes from {whence}{' and from runs' if run else ''}.",
+                        "",
+                    ]
+                )
+            )
             result |= {"plan": made.told()}
+        result |= {"evidence_from": whence}
         _say(result, as_json, lambda: (
             f"{sentence(result['measured'])}\nmodel: {result['model']}\nloads in plain transformers: {result['loads_in_transformers']}"
             + ("\nwhy each step: " + str(folder / "plan.md") if made else "")

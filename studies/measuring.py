@@ -10,6 +10,7 @@ from compress.ledger import FILE
 from compress.passes.base import Evidence
 from compress.recipe import Recipe, compress
 from compress.saving import loads_in_transformers, save
+from compress.smaller import Smaller
 from probe.errors import RunError
 from probe.example import Example
 from probe.subject import Subject
@@ -41,17 +42,69 @@ def measure(subject: Subject, dense: Subject | None, bench: Bench, out: Path | N
             advance(1)
         points = collect(run.rows([key for key, _, _ in work]))
     point = {**points[-1], "run": str(run.folder), "unused": bench.sifted[1]}
-    if dense is None:  # there is nothing that it could be faster than, or lie beside
-        point |= {"verdict": None, "on_frontier": None, "baseline": ""}
-    run.figure("frontier", *figure(points))
-    run.finish(point, _report(points, dense is not None))
+    point["note"] = _note(subject, dense)
+    if dense is None:
+        point = alone(point)
+    else:
+        run.figure("frontier", *figure(points))
+    run.finish(point, _alone_report(point) if dense is None else _report(points, point["note"]))
     return point
 
 
-def _report(points: list[dict[str, Any]], paired: bool) -> str:
-    lines = ["# What the model costs and can do", "", *(sentence(point) for point in points), "", table(points), ""]
-    if paired:
-        lines += ["## Which items changed", "", broken(points[-1]), "", "![accuracy and cost](figures/frontier.png)", ""]
+def alone(point: dict[str, Any]) -> dict[str, Any]:
+    """A point without what compares it: there is nothing beside it that it could be faster than, or right more often than."""
+    compared = ("difference", "p", "agreement", "divergence", "by_kind", "flops_ratio", "kv_ratio", "standing", "separable")
+    left = {key: value for key, value in point.items() if key not in compared}
+    text_only = {key: value for key, value in point["text_only"].items() if key not in compared}
+    return {**left, "text_only": text_only, "verdict": None, "on_frontier": None, "baseline": "", "ratios": {}, "amdahl": None}
+
+
+def _note(subject: Subject, dense: Subject | None) -> str:
+    """What a model was made from, where that is not what it is compared with."""
+    made = ", ".join(subject.parents) if isinstance(subject, Smaller) else ""
+    if dense is None:
+        return f"made from {made}: name it with --dense to compare the two" if made else ""
+    return f"compared with {dense.name}, and made from {made}" if made and dense.name not in subject.parents else ""  # type: ignore[attr-defined]
+
+
+def _alone_report(point: Mapping[str, Any]) -> str:
+    lines = [
+        "# What the model costs and can do",
+        "",
+        sentence(point),
+        "",
+        *([f"It was {point['note']}.", ""] if point["note"] else []),
+    ]
+    lines += ["| | |", "|---|---|", f"| FLOPs of reading a prompt | {point['flops']:.4g} |", f"| bytes of keys and values | {point['kv_bytes']:.4g} |",
+              f"| parameters | {point['parameters']:,} |"]  # fmt: skip
+    if point["prefill_ms"] is not None:
+        lines += [
+            f"| reading the prompt | {point['prefill_ms']:.1f} ms |",
+            f"| each token after it | {point['decode_ms']:.1f} ms |",
+        ]
+    if point["peak_memory"] is not None:
+        lines.append(f"| peak memory | {point['peak_memory'] / 2**20:.1f} MiB |")
+    return "\n".join([*lines, ""])
+
+
+def _report(points: list[dict[str, Any]], note: str) -> str:
+    lines = [
+        "# What the model costs and can do",
+        "",
+        *(sentence(point) for point in points),
+        "",
+        *([f"**The model was {note}.**", ""] if note else []),
+    ]
+    lines += [
+        table(points),
+        "",
+        "## Which items changed",
+        "",
+        broken(points[-1]),
+        "",
+        "![accuracy and cost](figures/frontier.png)",
+        "",
+    ]
     return "\n".join(lines)
 
 

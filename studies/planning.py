@@ -53,7 +53,7 @@ def planned(
 
 
 def evidence_of(subject: Subject, folders: Sequence[str | Path]) -> dict[str, Any]:
-    """What runs say that a plan can use: `withdrawal_kl` and `cutoff` of information-flow, `drift`, `overlap` and `ima` of implicit-alignment.
+    """What runs say that a plan can use: `withdrawal_kl` and `cutoff` of information-flow, `drift` and `overlap` of implicit-alignment.
 
     Raises StudyError for a folder that is no finished run, of another study, or of another model.
     """
@@ -100,8 +100,7 @@ def _alignment(folder: Path, summary: Mapping[str, Any], n_layers: int) -> dict[
         raise StudyError(f"{folder} shows nothing but text: plans are made from runs on pictures, clips or sounds")
     pair = f"{modality} perceptual and {modality} textual"
     return {
-        "drift": list(own["drift"]["perceptual"]["1"]["mean"])[:n_layers], "ima": own["score"]["same"]["value"],
-        "overlap": (summary.get("weights") or {}).get("by_layer", {}).get(pair),
+        "drift": list(own["drift"]["perceptual"]["1"]["mean"])[:n_layers], "overlap": (summary.get("weights") or {}).get("by_layer", {}).get(pair),
     }  # fmt: skip
 
 
@@ -120,8 +119,9 @@ def told(made: Plan) -> list[str]:
     ]  # fmt: skip
     for one in made.tried:
         value, low, high = one.measured
+        took = "" if one.time_ratio is None else f"{one.time_ratio:.1%}"
         lines.append(
-            f"| {', '.join(one.kinds)} | {one.predicted:.3g} | {value:.3g} [{low:.3g}, {high:.3g}] | {one.flops_ratio:.1%} |"
+            f"| {', '.join(one.kinds)} | {one.predicted:.3g} | {value:.3g} [{low:.3g}, {high:.3g}] | {one.flops_ratio:.1%} | {took} |"
         )
     if made.notes:
         lines += ["", "Not allowed on this model:", "", *(f"- {note}" for note in made.notes)]

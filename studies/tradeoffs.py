@@ -113,7 +113,11 @@ def _plan(
         examples, whence = set_apart(setting.data, evidence_data)
         try:
             made = planned(setting.subject, examples, budget, runs, setting.seed, setting.quiet, cost)
-            text = {**made.told(), "whence": whence, "words": told(made)}
+            text = {
+                **made.told(),
+                "whence": f"{whence}, and from runs: {', '.join(runs)}" if runs else whence,
+                "words": told(made),
+            }
         except PassError as error:
             text = {"refused": str(error)}
         run.write_json(kept.name, finite(text))

@@ -35,6 +35,8 @@ class Rule:
 def refuse(subject: Subject, rule: Rule, layers: Sequence[int]) -> None:
     """Raises PassError where these layers of this model cannot be skipped so."""
     family = subject.anatomy.family
+    if rule.rows != "all" and not subject.marks and not any(subject.anatomy.cross):
+        raise PassError(f"this {family} model is shown nothing but text: there are no visual tokens that could pass a layer by")
     if rule.rows != "all":
         _refuse_apart(subject, rule, layers)
     for layer in layers:

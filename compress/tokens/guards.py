@@ -31,6 +31,8 @@ class Reducer:
 def refuse(subject: Subject, reducers: Sequence[Reducer]) -> None:
     """Raises PassError where tokens cannot be dropped from this model, or not at these places."""
     family = subject.anatomy.family
+    if not subject.marks and not any(subject.anatomy.cross):
+        raise PassError(f"this {family} model is shown nothing but text: there are no visual tokens to drop")
     vision = getattr(subject.config, "vision_config", None)
     planes = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     for reducer in reducers:

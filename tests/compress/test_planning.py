@@ -14,7 +14,7 @@ from compress.drafts import Counter, Draft, cheapest, damage, steps
 from compress.layer_scores import divergence
 from compress.passes.layers import RemoveLayers
 from compress.passes.skips import ShortV, Skip
-from compress.passes.tokens import Pyramid, Tokens
+from compress.passes.tokens import Pyramid, Tokens, Withdraw
 from compress.planning import plan
 from compress.prices import Price, prices
 from compress.recipe import compress, parse
@@ -263,7 +263,32 @@ def test_a_plan_without_examples_is_refused():
         plan(opened("llava"), [])
 
 
-def test_a_model_without_visual_rows_is_planned_by_layers_or_refused():
+def test_a_model_that_allows_no_step_says_why():
     subject = opened_crossed()
-    with pytest.raises(PassError, match="take a larger budget"):
+    with pytest.raises(PassError, match="allows none of the steps that plans are made of: freeze"):
         plan(subject, asked(subject), 0.6)
+
+
+def test_layers_that_are_not_entered_have_no_price():
+    """Mllama's cross-attention layers are passed by where there is no picture."""
+    subject = opened_crossed()
+    blind = toys.pair(subject, media=False)
+    found = layer_damage(subject, blind, ("remove",))["remove"]
+    crossed = np.array(subject.anatomy.cross)
+    assert np.isnan(found[:, crossed]).all()
+    assert np.isfinite(found[:, ~crossed]).all()
+
+
+def test_a_model_of_text_alone_has_no_visual_tokens_to_spare():
+    subject = load(toys.build("llama"))
+    for step in (Tokens(method="uniform"), Withdraw(layer=1), ShortV(layers=(1,)), Skip(mode="ffn", layers=(1,))):
+        with pytest.raises(PassError, match="shown nothing but text"):
+            step.plan(subject, {})
+    assert Skip(rows="all", layers=(1,)).plan(subject, {})
+
+
+@pytest.mark.parametrize("keep", [1.5, True])
+def test_what_is_neither_share_nor_count_is_refused(keep):
+    with pytest.raises(ValueError, match="whole number of tokens"):
+        Budget(keep=keep)
+    assert Budget(keep=2.0).count(10) == 2

@@ -3,17 +3,19 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 from compress.passes.layers import RemoveLayers
-from compress.passes.tokens import Tokens
+from compress.passes.tokens import Tokens, Withdraw
 from compress.recipe import compress
 from compress.saving import save
 from probe import load
 from probe.recorders import Mass
 from probe.tracing import trace
-from studies.before_after import layers_left, unit
+from studies.before_after import SCHEMA, layers_left, unit
+from studies.before_after_report import summarise
 from studies.cli import app
 from studies.data import load_data
 
@@ -121,3 +123,17 @@ def test_a_saved_model_is_compared_with_what_it_was_made_from(tmp_path):
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.strip().splitlines()[-1])["kept_tokens"] == 16
+
+
+def test_what_has_left_is_compared_up_to_there():
+    """Withdrawn at layer 3, visual tokens have states up to what enters it, and nothing stays."""
+    subject = load("demo")
+    smaller = compress(subject, [Withdraw(layer=3)])
+    numbers = {name: list(range(8)) for name in ("before", "after")}
+    rows = unit({"before": subject, "after": smaller}, numbers, load_data("demo", 2, seed=0).examples, 3, 4)
+    alike = [r for r in rows if r["model"] == "after" and r["what"] == "alike"]
+    assert len(alike) == 2 * 9
+    assert all(np.isnan(r["value"]) == (r["layer"] > 3) for r in alike)
+    assert {r["n"] for r in rows if r["what"] == "answer"} == {0}
+    found = summarise(pa.Table.from_pylist(rows, SCHEMA), numbers, 0)
+    assert found["alike"]["difference"]["layers"] == [0, 1, 2, 3]

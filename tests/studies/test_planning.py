@@ -7,6 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.layer_scores import withdrawal_kl
+from compress.passes.layers import RemoveLayers
+from compress.recipe import compress
+from compress.saving import save
 from probe import load
 from probe.errors import StudyError
 from studies import planning
@@ -90,3 +93,32 @@ def test_what_to_do_is_said_once(asked, message):
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_a_compressed_model_is_not_compressed_again(tmp_path):
+    smaller = compress(load("demo"), [RemoveLayers(layers=(5,))])
+    save(smaller, tmp_path / "m")
+    result = CliRunner().invoke(
+        app, ["compress", "examples/half.yaml", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "n"), "--limit", "2"]
+    )
+    assert result.exit_code == 1
+    assert "compressed already: put all passes into one recipe for demo" in result.output
+    asked = [
+        "measure",
+        "--model",
+        str(tmp_path / "m"),
+        "--limit",
+        "2",
+        "--rounds",
+        "0",
+        "--out",
+        str(tmp_path / "r"),
+        "--json",
+        "--quiet",
+    ]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["note"] == "made from demo: name it with --dense to compare the two"
+    assert not {"difference", "p", "flops_ratio", "agreement"} & set(found)
+    assert "against the dense model" not in (tmp_path / "r/report.md").read_text()
