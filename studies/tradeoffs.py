@@ -33,7 +33,7 @@ PLANS: dict[Cost, str] = {"flops": "evidence plan", "time": "evidence plan by ti
 @study
 def tradeoffs(
     setting: Setting, *, shares: str = "0.5,0.25,0.125", methods: str = "all", rounds: int = 12, tokens: int = 8, budget: float = 0.6,
-    time_budget: float = 0.8, runs: str = "", evidence_data: str = "",
+    time_budget: float = 0.9, runs: str = "", evidence_data: str = "",
 ) -> Summary:  # fmt: skip
     """What does each step of compression cost in accuracy, and what does it save?
 
