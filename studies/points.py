@@ -33,7 +33,7 @@ def _counted(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _common(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": point["name"], "baseline": point["baseline"], "y": point["accuracy"], "y_low": point["accuracy_low"],
+    return {"name": point["name"], "baseline": point["baseline"], "plan": point["name"].startswith("evidence plan"), "y": point["accuracy"], "y_low": point["accuracy_low"],
             "y_high": point["accuracy_high"]}  # fmt: skip
 
 

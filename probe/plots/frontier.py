@@ -6,25 +6,30 @@ from typing import Any
 from probe.plots.panels import GREY, Pair
 from probe.plots.style import COLOURS, LAYOUT, styled
 
-# A point: `name`, `x`, `x_low`, `x_high`, `y`, `y_low`, `y_high`, `baseline` (its kind or empty), `standing`.
+# A point: `name`, `x`, `x_low`, `x_high`, `y`, `y_low`, `y_high`, `baseline` (its kind or empty), `standing`, and perhaps `plan`.
 Points = Sequence[Mapping[str, Any]]
 _SIDES = ("x", "x_low", "x_high", "y", "y_low", "y_high")
-_MARKS = {"full": "*", "random": "s", "pooling": "D", "down-sampling": "v"}
-_SYMBOLS = {"full": "star", "random": "square", "pooling": "diamond", "down-sampling": "triangle-down"}
+_MARKS = {"full": "*", "random": "s", "pooling": "D", "down-sampling": "v", "plan": "P"}
+_SYMBOLS = {"full": "star", "random": "square", "pooling": "diamond", "down-sampling": "triangle-down", "plan": "cross"}
 
 
 def frontier(panels: Sequence[tuple[str, str, Points]], axis: str) -> Pair:
     """Panels (title, name of the x axis, points) side by side under one axis of accuracy.
 
-    Baselines have marks of their own; other points are full on the frontier, hollow where they are beaten by values alone, and grey where they are
+    Baselines and plans have marks of their own; other points are full on the frontier, hollow where they are beaten by values alone, and grey where they are
     beaten for sure.
     """
     return _on_paper(panels, axis), _on_page(panels, axis)
 
 
+def _kind(point: Mapping[str, Any]) -> str:
+    """What has a mark of its own: a baseline, or a plan from evidence."""
+    return str(point["baseline"]) or ("plan" if point.get("plan") else "")
+
+
 def _colour(point: Mapping[str, Any]) -> str:
-    if point["baseline"]:
-        return COLOURS[1 + list(_MARKS).index(point["baseline"])]
+    if kind := _kind(point):
+        return COLOURS[1 + list(_MARKS).index(kind)]
     return GREY if point["standing"] == "dominated" else COLOURS[0]
 
 
@@ -39,10 +44,10 @@ def _on_paper(panels: Sequence[tuple[str, str, Points]], axis: str) -> Any:
         handles: dict[str, Any] = {}
         for place, (title, label, points) in zip(axes, panels, strict=True):
             for point in points:
-                colour, kind = _colour(point), point["baseline"]
+                colour, kind = _colour(point), _kind(point)
                 drawn = place.errorbar(
                     point["x"], point["y"], xerr=_reach(point, "x"), yerr=_reach(point, "y"), color=colour, elinewidth=0.6,
-                    marker=_MARKS.get(kind, "o"), markersize=11 if kind == "full" else 5.5, linestyle="none", alpha=0.9, zorder=3 if kind else 2,
+                    marker=_MARKS.get(kind, "o"), markersize={"full": 11, "plan": 9}.get(kind, 5.5), linestyle="none", alpha=0.9, zorder=4 if kind == "plan" else 3 if kind else 2,
                     markerfacecolor="white" if not kind and point["standing"] == "inseparable" else colour,
                 )  # fmt: skip
                 handles.setdefault(_legend(point), drawn)
@@ -59,6 +64,8 @@ def _on_paper(panels: Sequence[tuple[str, str, Points]], axis: str) -> Any:
 
 def _legend(point: Mapping[str, Any]) -> str:
     names = {"frontier": "on the frontier", "inseparable": "beaten by values alone", "dominated": "beaten for sure"}
+    if _kind(point) == "plan":
+        return "plan from evidence"
     return f"baseline: {point['baseline']}" if point["baseline"] else names[point["standing"]]
 
 
@@ -83,11 +90,11 @@ def _on_page(panels: Sequence[tuple[str, str, Points]], axis: str) -> Any:
         for name, group in groups.items():
             x, x_low, x_high, y, y_low, y_high = ([p[side] for p in group] for side in _SIDES)
             first = group[0]
-            hollow = not first["baseline"] and first["standing"] == "inseparable"
+            hollow = not _kind(first) and first["standing"] == "inseparable"
             page.add_scatter(
                 x=x, y=y, mode="markers", name=name, legendgroup=name, showlegend=name not in seen, text=[p["name"] for p in group],
                 hovertemplate="%{text}<br>%{x:.4g}, %{y:.3f}<extra></extra>",
-                marker={"color": _colour(first), "size": 9, "symbol": _SYMBOLS.get(first["baseline"], "circle-open" if hollow else "circle")},
+                marker={"color": _colour(first), "size": 9, "symbol": _SYMBOLS.get(_kind(first), "circle-open" if hollow else "circle")},
                 error_x=_bars(x, x_low, x_high), error_y=_bars(y, y_low, y_high), row=1, col=column,
             )  # fmt: skip
             seen.add(name)
