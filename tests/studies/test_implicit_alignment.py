@@ -147,6 +147,7 @@ def test_a_member_that_is_always_right_or_wrong_has_an_interval():
     assert (one["same"]["value"], one["same"]["low"]) == (0.2, None)
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_is_a_run_that_was_asked_for_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("studies.implicit_alignment_report.figures", lambda *_: None)
     subject, grown = load("demo:frozen"), tmp_path / "grown"

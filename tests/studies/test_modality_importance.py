@@ -118,6 +118,7 @@ def test_no_number_is_missing_and_figures_and_report_are_there(done):
     assert "Which modality does each answer need?" in report
 
 
+@pytest.mark.slow
 def test_batches_and_paddings_change_no_number(undrawn, done, subject, data, tmp_path):
     _, before = done
     for batch, padding in ((1, "left"), (6, "right")):

@@ -50,6 +50,7 @@ def test_it_says_what_was_asked(run):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_asking_again_gives_the_same_bytes(run):
     folder, _, asked = run
     parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}

@@ -71,6 +71,7 @@ def test_asking_again_gives_the_same_bytes(run):
     assert len(parts) == 3 * 2
 
 
+@pytest.mark.slow
 def test_batches_and_padding_change_nothing(stranger, tmp_path):
     subject, data = load(str(stranger)), load_data("demo", 9)
     ways = ((1, "left"), (8, "left"), (8, "right"))

@@ -93,6 +93,7 @@ def few(monkeypatch):
     monkeypatch.setattr(module, "configurations", some)
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(stranger, tmp_path, few):
     subject, data = load(stranger), load_data("demo", 5)
     found = [
@@ -132,6 +133,7 @@ def test_there_are_enough_configurations(stranger):
     assert {one.baseline for one in found} == {"full", "random", "pooling", "down-sampling", ""}
 
 
+@pytest.mark.slow
 def test_other_families_skip_what_they_refuse(toy, tmp_path):
     subject = toy("qwen2_vl")
     examples = tuple(replace(e, answer="red") for e in toys.pair(subject))
