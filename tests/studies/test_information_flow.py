@@ -110,8 +110,8 @@ def test_the_cut_off_says_what_it_tolerates_and_whether_it_may_never_come(done):
 
 def test_five_kills_leave_the_same_bytes(stranger, tmp_path):
     def command(out):
-        return [sys.executable, "-m", "studies.cli", "study", "information-flow", "--model", str(stranger), "--data", "demo", "--limit", "18",
-                "--batch", "3", "--no-only-correct", "--out", str(out), "--quiet", "--json", "--device", "cpu"]  # fmt: skip
+        return [sys.executable, "-m", "studies.cli", "study", "information-flow", "--model", str(stranger), "--data", "demo", "--limit", "12",
+                "--batch", "2", "--flows", "image->last", "--no-only-correct", "--out", str(out), "--quiet", "--json", "--device", "cpu"]  # fmt: skip
 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     calm, killed = tmp_path / "calm", tmp_path / "killed"
@@ -135,7 +135,7 @@ def test_five_kills_leave_the_same_bytes(stranger, tmp_path):
         assert (calm / "records" / part).read_bytes() == (killed / "records" / part).read_bytes()
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (calm, killed))
     assert {**a, "run": ""} == {**b, "run": ""}
-    assert json.loads(last.stdout.splitlines()[-1])["n"] == 18
+    assert json.loads(last.stdout.splitlines()[-1])["n"] == 12
 
 
 def test_a_finished_run_is_not_done_again(done, subject, monkeypatch):
