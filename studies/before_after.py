@@ -5,6 +5,7 @@ attention goes, how alike what is shown and the words are, and which questions a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from compress.measure import Answers, answer
 from compress.passes.layers import DropLayers
-from compress.recipe import compress, read
+from compress.recipe import Recipe, compress, read
 from compress.saving import changes_of
 from compress.smaller import Smaller
 from compress.twin import simulated
@@ -43,14 +44,26 @@ MASSES = Mass(rows=("question", "last"), columns=("media", "question"))
 
 @study
 def before_after(
-    setting: Setting, *, recipe: str = "", dense: str = "", window_width: int | None = None, max_new_tokens: int = 4
+    setting: Setting,
+    *,
+    recipe: str = "",
+    dense: str = "",
+    evidence_data: str = "",
+    window_width: int | None = None,
+    max_new_tokens: int = 4,
 ) -> Summary:
     """What does compression change inside a model?
 
     Either `--model` is a compressed folder (the dense model is the one that it was made from, or `dense`), or it is the dense model and `recipe`
-    says how it is compressed. `window_width` is that of information-flow, in layers of each model.
+    says how it is compressed; what its passes ask for comes from `evidence_data`, or examples set apart. `window_width` is that of information-flow, in layers of each model.
     """
-    before, after = _pair(setting, recipe, dense)
+    asked = read(Path(recipe)) if recipe else None
+    if asked and any(one.asks() for one in asked.passes):
+        data, evident, _ = set_apart(setting.data, evidence_data)
+        setting = replace(setting, data=data)
+    else:
+        evident = ()
+    before, after = _pair(setting, asked, dense, evident)
     width = default_window(after.n_layers) if window_width is None else window_width
     window(0, width, after.n_layers)
     config = {
@@ -80,17 +93,15 @@ def _carry_out(
     return summary
 
 
-def _pair(setting: Setting, recipe: str, dense: str) -> tuple[Subject, Smaller]:
+def _pair(setting: Setting, asked: Recipe | None, dense: str, evident: Sequence[Example]) -> tuple[Subject, Smaller]:
     """The dense model and the compressed one. Raises StudyError where the question names only one of them."""
     subject = setting.subject
-    if recipe:
+    if asked:
         if isinstance(subject, Smaller):
             raise StudyError(
                 f"{subject.name} is compressed already: name the dense model with --model where a --recipe is given"
             )
-        asked = read(Path(recipe))
-        examples, _ = set_apart(setting.data)
-        return subject, compress(subject, asked, gather(subject, asked, examples, setting.seed))
+        return subject, compress(subject, asked, gather(subject, asked, evident, setting.seed))
     if not isinstance(subject, Smaller):
         raise StudyError(f"{subject.name} is not compressed: name a compressed folder with --model, or a --recipe")
     source = dense or next(iter(subject.parents), "")

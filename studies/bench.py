@@ -18,10 +18,11 @@ from compress.measure import Answers, accuracy, affirmed, answer, compare, encod
 from compress.memory import peaks_by_phase
 from compress.passes.base import Evidence
 from compress.recipe import Recipe, compress
-from probe.errors import DataError, SightlineError
+from probe.errors import DataError, ExampleError, PassError, SightlineError, TokenError
 from probe.example import Example
 from probe.subject import Encoded, Subject
 from studies.data import TELLINGS, Data, load_data
+from studies.run import Run
 from studies.work import sift
 
 SCHEMA = pa.schema([
@@ -245,6 +246,20 @@ def _times(times: Mapping[str, Sequence[Timed]]) -> dict[str, Any]:
 
 def _bounded(spread: Spread) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in vars(spread).items()}
+
+
+def settled(run: Run, one: Configuration, measure: Callable[[Configuration], Rows]) -> str:
+    """Measures a configuration that the run does not hold yet; why it was refused, if it was. Raises what the dense model itself is refused for."""
+    if run.pending([one.key]):
+        try:
+            rows = measure(one)
+        except (PassError, ExampleError, TokenError) as error:
+            if one.baseline == "full":
+                raise
+            rows = [{"what": "refused", "name": one.name, "text": str(error)}]
+        run.write(one.key, rows)
+    found = run.rows_of(one.key).to_pylist()
+    return next((row["text"] for row in found if row["what"] == "refused"), "")
 
 
 # --- points together -------------------------------------------------------------------------------------------------

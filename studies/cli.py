@@ -286,7 +286,7 @@ def compress(
     budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's cost that reading a prompt may take")] = 0.6,
     cost: Annotated[Literal["flops", "time"], typer.Option(help="with --plan: FLOPs, or the time that this machine takes")] = "flops",
     run: Annotated[list[Path] | None, typer.Option(help="with --plan: a run of information-flow or implicit-alignment to read; repeat it")] = None,
-    evidence_data: Annotated[str, typer.Option(help="data that plans and calibration rest on (default: other scenes of the demo)")] = "",
+    evidence_data: Annotated[str, typer.Option(help="data that plans and calibration rest on (default: other scenes of the demo, or half of the data)")] = "",
     model: Model = "demo", data: DataName = "demo", limit: Limit = 64, out: Out = None, batch: Batch = 8, rounds: Rounds = 12,
     tokens: Tokens = 8, columns: Columns = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, trust_remote_code: Trust = False,
     as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
@@ -314,7 +314,8 @@ def compress(
             raise StudyError(
                 f"{model} is compressed already: put all passes into one recipe for {', '.join(subject.parents) or 'the dense model'}"
             )
-        examples, whence = set_apart(found, evidence_data)
+        needs = asked is None or any(one.asks() for one in asked.passes)
+        found, examples, whence = set_apart(found, evidence_data) if needs else (found, (), "")
         made = None if asked else planned(subject, examples, budget, run or (), seed, quiet, cost)
         asked = asked or (made.recipe if made else None)
         assert asked is not None
@@ -335,7 +336,7 @@ def compress(
                 )
             )
             result |= {"plan": made.told()}
-        result |= {"evidence_from": whence}
+        result |= {"evidence_from": whence} if needs else {}
         _say(result, as_json, lambda: (
             f"{sentence(result['measured'])}\nmodel: {result['model']}\nloads in plain transformers: {result['loads_in_transformers']}"
             + ("\nwhy each step: " + str(folder / "plan.md") if made else "")

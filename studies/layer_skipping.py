@@ -6,7 +6,7 @@ together, chosen by four ways of ranking them. The method is ShortV's (arXiv 250
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -25,7 +25,7 @@ from probe.errors import SightlineError, StudyError
 from probe.example import Example
 from probe.subject import Subject
 from studies.bench import SCHEMA, Bench, Configuration
-from studies.data import TELLINGS, Data, load_data
+from studies.data import apart
 from studies.run import Run
 from studies.study import Setting, Summary, describe, progress, study
 
@@ -60,12 +60,12 @@ class Skipped:
 def layer_skipping(setting: Setting, *, calibration: int = 32, rounds: int = 12, tokens: int = 2) -> Summary:
     """Which layers do visual tokens need, which do words, and does a score tell before one tries?
 
-    `calibration` examples rank the layers and judge nothing (the demo world makes new ones; of other data the first are taken), `rounds` is how
+    `calibration` examples rank the layers and judge nothing (the demo world makes new ones; of other data every other one is taken), `rounds` is how
     often each growing set is timed in turns with the dense model (0 leaves times out), `tokens` how many tokens each timed answer has.
     """
     if calibration < 1:
         raise StudyError("layers are ranked on examples of their own: --calibration is at least 1")
-    rank, judge = divided(setting.data, calibration, setting.seed)
+    judge, rank = apart(setting.data, calibration)
     bench = Bench(setting.subject, judge, setting.batch, rounds, tokens, seed=setting.seed)
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(judge), "calibration": len(rank),
@@ -100,21 +100,6 @@ def layer_skipping(setting: Setting, *, calibration: int = 32, rounds: int = 12,
         figures(run, summary)
         run.finish(summary, report(summary, setting))
     return summary
-
-
-def divided(data: Data, calibration: int, seed: int) -> tuple[tuple[Example, ...], Data]:
-    """Examples that rank layers, and those that judge: never the same.
-
-    Raises StudyError where too few are left to judge.
-    """
-    if data.name in TELLINGS:
-        own = int(data.fingerprint.rsplit(":", 1)[1])
-        return tuple(load_data(data.name, calibration, seed=own + 1).examples), data
-    if len(data) <= calibration:
-        raise StudyError(
-            f"{len(data)} examples leave none to judge by after {calibration} have ranked the layers: give more, or a smaller --calibration"
-        )
-    return tuple(data.examples[:calibration]), replace(data, examples=data.examples[calibration:])
 
 
 def _scores(run: Run, setting: Setting, examples: Sequence[Example]) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ goes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,13 +20,13 @@ from compress.passes.base import Pass, titles
 from compress.passes.masks import Masks
 from compress.recipe import Recipe
 from compress.tokens.pairs import MASKS
-from probe.errors import ExampleError, PassError, StudyError, TokenError, did_you_mean
+from probe.errors import StudyError, did_you_mean
 from probe.example import Example
 from probe.recorders import Mass
 from probe.subject import Encoded, Subject
 from probe.tracing import trace
 from studies import bench as benches
-from studies.bench import Bench, Configuration, collect
+from studies.bench import Bench, Configuration, collect, settled
 from studies.pope import questions
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, progress, study
@@ -72,7 +72,7 @@ def _carry_out(setting: Setting, run: Run, desk: "Desk", asked: Sequence[Configu
     refused: dict[str, str] = {}
     with progress("masks", len(asked), setting.quiet, "configurations") as advance:
         for one in asked:
-            if why := measured(run, desk, one):
+            if why := settled(run, one, partial(everything, desk)):
                 refused[one.name] = why
             advance(1)
     rows = run.rows([one.key for one in asked if one.name not in refused])
@@ -176,23 +176,10 @@ class Desk:
         ]  # fmt: skip
 
 
-def measured(run: Run, desk: Desk, one: Configuration) -> str:
-    """Measures a configuration that the run does not hold yet; why it was refused, if it was."""
-    if run.pending([one.key]):
-        try:
-            with desk.bench.opened(one) as subject:
-                rows = [
-                    *desk.bench.measure_model(one, subject),
-                    *asked_whether(desk, one, subject),
-                    *looked_into(desk, one, subject),
-                ]
-        except (PassError, ExampleError, TokenError) as error:
-            if one.baseline == "full":
-                raise
-            rows = [{"what": "refused", "name": one.name, "text": str(error)}]
-        run.write(one.key, rows)
-    found = run.rows_of(one.key).to_pylist()
-    return next((row["text"] for row in found if row["what"] == "refused"), "")
+def everything(desk: Desk, one: Configuration) -> Rows:
+    """All rows of a configuration: the bench's, what it affirms, and where it looks."""
+    with desk.bench.opened(one) as subject:
+        return [*desk.bench.measure_model(one, subject), *asked_whether(desk, one, subject), *looked_into(desk, one, subject)]
 
 
 def asked_whether(desk: Desk, one: Configuration, subject: Subject) -> Rows:

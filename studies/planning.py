@@ -14,24 +14,27 @@ from probe.analysis.stats import bootstrap_mean
 from probe.errors import StudyError
 from probe.example import Example
 from probe.subject import Subject
-from studies.data import TELLINGS, Data, load_data
+from studies.data import TELLINGS, Data, apart, load_data
 from studies.study import describe, progress
 
 APART = 64  # examples that evidence comes from
-ELSEWHERE = 1000  # added to the seed of the demo's scenes: none of them is among those that are measured
 
 
-def set_apart(data: Data, source: str = "") -> tuple[tuple[Example, ...], str]:
-    """Examples that evidence comes from, and what they are in words: those of `source`, other scenes of the demo, or else the measured ones."""
-    if source:
-        examples = load_data(source, APART, seed=ELSEWHERE if source in TELLINGS else 0).examples
-        shared = {_content(one) for one in examples} & {_content(one) for one in data.examples}
-        also = f", {len(shared)} of them among the questions that are measured" if shared else ""
-        return examples, f"{len(examples)} examples of {source}{also}"
-    if data.name in TELLINGS:
-        seed = int(data.fingerprint.rsplit(":", 1)[1]) + ELSEWHERE
-        return load_data(data.name, APART, seed=seed).examples, f"{APART} questions about other scenes"
-    return data.examples, "the questions that are measured (name others with --evidence-data)"
+def set_apart(data: Data, source: str = "") -> tuple[Data, tuple[Example, ...], str]:
+    """What is measured, the examples that evidence comes from, and what these are in words: none of them is measured.
+
+    They are those of `source` (less what is measured too); else what `studies.data.apart` takes: other scenes of the demo, or half of the data.
+    Raises StudyError where `source` has nothing but what is measured, DataError where the data are too few to be parted.
+    """
+    if not source:
+        asked, examples = apart(data, APART)
+        return asked, examples, f"{len(examples)} other {'scenes' if data.name in TELLINGS else 'examples'} of {data.name}"
+    measured = {_content(one) for one in data.examples}
+    found = load_data(source, APART).examples
+    examples = tuple(one for one in found if _content(one) not in measured)
+    if not examples:
+        raise StudyError(f"{source} has nothing but the questions that are measured: name other data with --evidence-data")
+    return data, examples, f"{len(examples)} examples of {source}"
 
 
 def _content(example: Example) -> tuple[Any, ...]:

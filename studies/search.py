@@ -1,6 +1,7 @@
 """`sightline search`: the frontier of accuracy and cost over a recipe's free numbers, baselines beside it."""
 
 import json
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,8 @@ from compress.passes.base import Evidence
 from compress.passes.tokens import Tokens
 from compress.recipe import Recipe
 from compress.search import Space, search
-from probe.errors import ExampleError, PassError, TokenError
-from studies.bench import SCHEMA, Bench, Configuration, collect
+from probe.errors import PassError
+from studies.bench import SCHEMA, Bench, Configuration, collect, settled
 from studies.points import figure, sentence, table
 from studies.run import Run
 from studies.study import describe, progress
@@ -32,20 +33,6 @@ def baselines(shares: tuple[float, ...] = SHARES) -> list[Configuration]:
     return found
 
 
-def measured(run: Run, bench: Bench, one: Configuration, evidence: Evidence | None = None) -> str:
-    """Measures a configuration that the run does not hold yet; why it was refused, if it was."""
-    if run.pending([one.key]):
-        try:
-            rows = bench.measure(one, evidence)
-        except (PassError, ExampleError, TokenError) as error:
-            if one.baseline == "full":
-                raise
-            rows = [{"what": "refused", "name": one.name, "text": str(error)}]
-        run.write(one.key, rows)
-    found = run.rows_of(one.key).to_pylist()
-    return next((row["text"] for row in found if row["what"] == "refused"), "")
-
-
 def explore(
     space: Space, bench: Bench, out: Path | None, trials: int, cost: Cost, quiet: bool, evidence: Evidence | None = None
 ) -> dict[str, Any]:  # fmt: skip
@@ -57,11 +44,11 @@ def explore(
     run = Run.open(out, "search", config, describe(bench.dense), SCHEMA)
     with run.recorded(), progress("searching", trials, quiet, "points") as advance:
         base = baselines()
-        refused = {one.name: why for one in base if (why := measured(run, bench, one))}
+        refused = {one.name: why for one in base if (why := settled(run, one, bench.measure))}
 
         def evaluate(recipe: Recipe) -> tuple[float, float]:
             one = configured(recipe)
-            if why := measured(run, bench, one, evidence):
+            if why := settled(run, one, partial(bench.measure, evidence=evidence)):
                 raise PassError(why)
             return _objectives(run, one, cost)
 

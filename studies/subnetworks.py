@@ -6,6 +6,7 @@ chance, and what a model pruned with one group's mask can still do for another (
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -18,10 +19,9 @@ from compress.recipe import Recipe
 from probe.errors import StudyError, did_you_mean
 from probe.example import Example
 from studies import bench
-from studies.bench import Bench, Configuration, collect
+from studies.bench import Bench, Configuration, collect, settled
 from studies.data import TELLINGS, apart, load_data
 from studies.run import Run, finite
-from studies.search import measured
 from studies.study import Setting, Summary, describe, progress, study
 from studies.subnetwork_groups import Family, by_kind, by_modality
 from studies.subnetworks_report import figures, report, summarise
@@ -87,7 +87,7 @@ def subnetworks(
 
 
 def _measured(run: Run, benched: Bench, one: Configuration, evidence: Evidence, advance: Callable[[int], None]) -> str:
-    why = measured(run, benched, one, evidence)
+    why = settled(run, one, partial(benched.measure, evidence=evidence))
     advance(1)
     return why
 

@@ -7,6 +7,8 @@ evidence stands among them, and beside it the same budget met without evidence.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,12 @@ from compress.planning import Cost
 from compress.recipe import Recipe, parse
 from probe.analysis.stats import benjamini_hochberg, paired_difference, sign_flip
 from probe.errors import PassError, StudyError, did_you_mean
-from studies.bench import SCHEMA, Bench, Configuration, collect
+from probe.example import Example
+from studies.bench import SCHEMA, Bench, Configuration, collect, settled
 from studies.configurations import configurations, left_out
 from studies.planning import planned, set_apart, told
 from studies.points import figure
 from studies.run import Run, finite
-from studies.search import measured
 from studies.study import Setting, Summary, describe, progress, study
 from studies.tradeoffs_report import report
 
@@ -44,8 +46,10 @@ def tradeoffs(
     implicit-alignment, folders with commas between.
     """
     kept, chosen = shares_of(shares), chosen_methods(methods)
+    data, evident, whence = set_apart(setting.data, evidence_data)
+    setting = replace(setting, data=data)
     config = {
-        "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(setting.data), "shares": list(kept),
+        "data": data.name, "fingerprint": data.fingerprint, "examples": len(data), "shares": list(kept),
         "methods": chosen, "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed, "padding": setting.padding,
         "budget": budget, "time_budget": time_budget, "runs": runs, "evidence_data": evidence_data,
     }  # fmt: skip
@@ -54,11 +58,11 @@ def tradeoffs(
     with run.recorded():
         budgets: dict[Cost, float] = {"flops": budget, "time": time_budget if rounds else 0.0}
         plans = {
-            cost: _plan(setting, run, cost, share, [one for one in runs.split(",") if one], evidence_data)
+            cost: _plan(setting, run, cost, share, [one for one in runs.split(",") if one], evident, whence)
             for cost, share in budgets.items()
         }
         asked = [*configurations(setting.subject, kept, chosen), *_planned_configurations(plans)]
-        refused = _measure(setting, run, bench, asked, evidence_data)
+        refused = _measure(setting, run, bench, asked, evident)
         rows = run.rows([one.key for one in asked if one.name not in refused])
         points = collect(rows)
     summary: Summary = finite({
@@ -72,28 +76,29 @@ def tradeoffs(
     return summary
 
 
-def _measure(setting: Setting, run: Run, bench: Bench, asked: Sequence[Configuration], evidence_data: str) -> dict[str, str]:
+def _measure(
+    setting: Setting, run: Run, bench: Bench, asked: Sequence[Configuration], evident: Sequence[Example]
+) -> dict[str, str]:
     """Measures what the run does not hold yet; names and reasons of what the model refuses."""
     refused: dict[str, str] = {}
-    evidence = _evidence(setting, run, asked, evidence_data)
+    evidence = _evidence(setting, run, asked, evident)
     with progress("configurations", len(asked), setting.quiet, "configurations") as advance:
         for one in asked:
-            if why := measured(run, bench, one, evidence):
+            if why := settled(run, one, partial(bench.measure, evidence=evidence)):
                 refused[one.name] = why
             advance(1)
     return refused
 
 
-def _evidence(setting: Setting, run: Run, asked: Sequence[Configuration], evidence_data: str) -> Evidence | None:
+def _evidence(setting: Setting, run: Run, asked: Sequence[Configuration], evident: Sequence[Example]) -> Evidence | None:
     """What the passes that are still to be measured ask for; what the model does not give is left out, and its passes say so."""
     todo = set(run.pending(one.key for one in asked))
     passes = [one for c in asked if c.key in todo and c.recipe for one in c.recipe.passes]
     names = dict.fromkeys(name for one in passes for name in one.asks())
-    examples, _ = set_apart(setting.data, evidence_data) if names else ((), "")
     found: dict[str, Any] = {}
     for name in names:
         try:
-            found |= gather(setting.subject, examples, [name], setting.seed)
+            found |= gather(setting.subject, evident, [name], setting.seed)
         except PassError:
             continue
     return found
@@ -103,16 +108,15 @@ def _evidence(setting: Setting, run: Run, asked: Sequence[Configuration], eviden
 
 
 def _plan(
-    setting: Setting, run: Run, cost: Cost, budget: float, runs: Sequence[str], evidence_data: str
+    setting: Setting, run: Run, cost: Cost, budget: float, runs: Sequence[str], evident: Sequence[Example], whence: str
 ) -> dict[str, Any] | None:  # fmt: skip
     """The plan as JSON, made once for a run; with a reason in place of a recipe where there is none."""
     if not budget:
         return None
     kept = run.folder / f"plan-{cost}.json"
     if not kept.is_file():
-        examples, whence = set_apart(setting.data, evidence_data)
         try:
-            made = planned(setting.subject, examples, budget, runs, setting.seed, setting.quiet, cost)
+            made = planned(setting.subject, evident, budget, runs, setting.seed, setting.quiet, cost)
             text = {
                 **made.told(),
                 "whence": f"{whence}, and from runs: {', '.join(runs)}" if runs else whence,

@@ -63,16 +63,6 @@ class Case:
     evidence: Callable[[Subject], Evidence] = lambda subject: {}
 
 
-def toy(family: str) -> tuple[Any, Any]:
-    """A toy; Gemma 3's with windows that hold the whole prompt."""
-    model, processor = toys.build(family)
-    if family == "gemma3":
-        model.config.text_config.sliding_window = 256
-        for layer in model.model.language_model.layers:
-            layer.self_attn.sliding_window = layer.self_attn.sliding_window and 256
-    return model, processor
-
-
 def shown(subject: Subject, clips: bool) -> list[Example]:
     """The pair of examples that a case is about, with pictures (or sounds), or with clips."""
     if not clips:

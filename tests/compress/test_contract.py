@@ -20,7 +20,8 @@ from probe import load
 from probe.anatomy import ROWS
 from probe.errors import ExampleError, PassError
 from probe.tracing import last_logits
-from tests.compress.cases import CASES, FAMILIES, Made, last_state, shown, toy
+from tests import toys
+from tests.compress.cases import CASES, FAMILIES, Made, last_state, shown
 from tests.compress.reload import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ saved: dict[Path, tuple[str, str]] = {}
 
 @cache
 def opened(family):
-    return load(toy(family), check=False)
+    return load(toys.wide(family), check=False)
 
 
 def digests(subject):
@@ -156,6 +157,7 @@ def test_the_table_is_written():
         rows.append({"family": anatomy.family, "model_type": anatomy.model_type, "passes": passes})
     PATH.write_text(json.dumps(rows, indent=1) + "\n")
     PAGE.write_text(markdown(rows))
+    assert support() == rows
 
 
 def test_how_much_was_covered(capsys):

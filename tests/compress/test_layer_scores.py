@@ -40,12 +40,7 @@ def test_scores_are_those_of_the_slow_way(toy, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_withdrawal_is_what_the_pass_would_do(toy, family):
     """KL(full || withdrawn) against the model with the visual tokens really gone."""
-    model, processor = toys.build(family)
-    if family == "gemma3":  # its windows hold the whole prompt: tokens are dropped from no others
-        for layer in model.model.language_model.layers:
-            layer.self_attn.sliding_window = layer.self_attn.sliding_window and 256
-        model.config.text_config.sliding_window = 256
-    subject = load((model, processor))
+    subject = load(toys.wide(family))
     example = toys.pair(subject)[0]
     found = withdrawal_kl(subject, [example])
     encoded = subject.encode(example)

@@ -188,14 +188,8 @@ def test_what_is_written_from_the_cache_is_what_full_passes_say(toy, family, met
 
 def whole_pass(subject, encoded, written):
     """Logits (batch position vocabulary) of one pass over prompt and written tokens, without a cache."""
-    inputs = dict(encoded.inputs)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], written], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(written)], 1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(written)], 1)
     with subject.lock, torch.no_grad():
-        return subject.model(**inputs, use_cache=False).logits.float()
+        return subject.model(**toys.extended(encoded, written), use_cache=False).logits.float()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

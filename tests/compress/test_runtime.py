@@ -34,13 +34,7 @@ DEEP = {"qwen3_vl": 3}  # its visual features are added after the first layers
 
 @cache
 def opened(family):
-    """A toy; Gemma 3's with windows that hold the whole prompt."""
-    model, processor = toys.build(family)
-    if family == "gemma3":
-        model.config.text_config.sliding_window = 256
-        for layer in model.model.language_model.layers:
-            layer.self_attn.sliding_window = layer.self_attn.sliding_window and 256
-    return load((model, processor))
+    return load(toys.wide(family))
 
 
 def drawn(seen, count):
@@ -88,16 +82,10 @@ def test_how_many_were_compared():
 
 def full_pass(subject, encoded, written, *reducers):
     """Logits of the next token from one pass over prompt and written tokens, without a cache: the slow way."""
-    inputs = dict(encoded.inputs)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], written], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(written)], 1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(written)], 1)
     runtime = TokenRuntime(subject, reducers)
     try:
         with torch.no_grad():
-            return subject.model(**inputs, use_cache=False).logits[:, -1].float()
+            return subject.model(**toys.extended(encoded, written), use_cache=False).logits[:, -1].float()
     finally:
         runtime.detach()
 

@@ -48,13 +48,7 @@ EVERYONE = tuple(
 
 @cache
 def opened(family):
-    """A toy; Gemma 3's with windows that hold the whole prompt."""
-    model, processor = toys.build(family)
-    if family == "gemma3":
-        model.config.text_config.sliding_window = 256
-        for layer in model.model.language_model.layers:
-            layer.self_attn.sliding_window = layer.self_attn.sliding_window and 256
-    return load((model, processor))
+    return load(toys.wide(family))
 
 
 def visual_rows(subject, encoded):
@@ -261,16 +255,6 @@ def generated(smaller, encoded):
         )  # fmt: skip
 
 
-def extended(encoded, written):
-    inputs = dict(encoded.inputs)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], written], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(written)], 1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(written)], 1)
-    return inputs
-
-
 def check_written(subject, one, rule, rows_of, layers, beyond=False):
     """Each of five tokens of a padded batch from the cache, against whole passes without one, what the rule leaves out taken out."""
     encoded = subject.encode(toys.pair(subject))
@@ -281,7 +265,7 @@ def check_written(subject, one, rule, rows_of, layers, beyond=False):
         smaller.detach()
         written = made.sequences[:, length:]
         for step, logits in enumerate(made.logits):
-            inputs = extended(encoded, written[:, :step])
+            inputs = toys.extended(encoded, written[:, :step])
             rows = torch.nn.functional.pad(rows_of(encoded), (0, step), value=beyond)
             if one.rows == "all":
                 rows = torch.ones_like(rows)

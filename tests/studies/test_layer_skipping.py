@@ -10,10 +10,9 @@ from compress.layer_scores import layer_scores
 from compress.passes.layers import RemoveLayers
 from compress.recipe import compress
 from probe import load
-from probe.errors import StudyError
 from studies import layer_skipping as module
-from studies.data import Data, load_data
-from studies.layer_skipping import divided, layer_skipping, rankings, sizes
+from studies.data import Data, apart, load_data
+from studies.layer_skipping import layer_skipping, rankings, sizes
 from studies.study import Setting
 from tests import toys
 
@@ -110,14 +109,14 @@ def test_orders_of_layers(monkeypatch):
 
 def test_who_ranks_does_not_judge(toy):
     data = load_data("demo", 6)
-    rank, judge = divided(data, 3, 0)
+    judge, rank = apart(data, 3)
     assert judge is data
     assert [e.images for e in rank] != [e.images for e in data.examples[:3]]
     own = Data("mine.jsonl", tuple(toys.pair(toy("llava"))), "x")
-    rank, judge = divided(own, 1, 0)
-    assert (rank[0].id, [e.id for e in judge.examples]) == ("a", ["b"])
-    with pytest.raises(StudyError, match="leave none to judge by after 2"):
-        divided(own, 2, 0)
+    judge, rank = apart(own, 2)
+    assert ([e.id for e in judge.examples], [e.id for e in rank]) == (["a"], ["b"])
+    with pytest.raises(DataError, match="some to calibrate on and others to ask are needed"):
+        apart(replace(own, examples=own.examples[:1]), 2)
 
 
 def test_a_family_without_visual_rows_is_asked_for_the_rest(toy, tmp_path, few):

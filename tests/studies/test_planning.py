@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from probe import load
 from probe.errors import StudyError
 from studies import planning
 from studies.cli import app
-from studies.data import load_data
+from studies.data import Data, load_data
 from studies.planning import evidence_of, set_apart
 
 
@@ -58,14 +59,29 @@ def test_runs_of_other_models_and_studies_are_refused(runs, tmp_path):
 
 def test_evidence_comes_from_other_scenes():
     measured = load_data("demo", 64)
-    examples, whence = set_apart(measured)
+    asked, examples, whence = set_apart(measured)
+    assert asked is measured
     assert len(examples) == 64
     assert "other scenes" in whence
     seen = {(e.prompt, str(e.tags), str(e.regions)) for e in measured.examples}
     assert sum((e.prompt, str(e.tags), str(e.regions)) in seen for e in examples) == 0
-    same, whence = set_apart(load_data("demo:text", 3), "demo")
-    assert len(same) == 64
-    assert "demo" in whence
+    _, named, whence = set_apart(load_data("demo:text", 3), "demo")
+    assert len(named) == 64
+    assert whence == "64 examples of demo"
+
+
+def test_no_question_that_is_measured_gives_evidence():
+    demo = load_data("demo", 64)
+    with pytest.raises(StudyError, match="nothing but the questions that are measured"):
+        set_apart(demo, "demo")
+    _, rest, whence = set_apart(replace(demo, examples=demo.examples[:60]), "demo")
+    assert [e.id for e in rest] == [e.id for e in demo.examples[60:]]
+    assert whence == "4 examples of demo"
+    own = Data("mine.jsonl", demo.examples[:5], "x")
+    asked, examples, whence = set_apart(own)
+    assert [e.id for e in asked.examples] == [demo.examples[i].id for i in (0, 2, 4)]
+    assert [e.id for e in examples] == [demo.examples[i].id for i in (1, 3)]
+    assert whence == "2 other examples of mine.jsonl"
 
 
 def test_a_model_is_made_from_a_plan(runs, stranger, tmp_path, monkeypatch):

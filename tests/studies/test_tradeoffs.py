@@ -136,7 +136,9 @@ def test_there_are_enough_configurations(stranger):
 @pytest.mark.slow
 def test_other_families_skip_what_they_refuse(toy, tmp_path):
     subject = toy("qwen2_vl")
-    examples = tuple(replace(e, answer="red") for e in toys.pair(subject))
+    examples = tuple(
+        replace(e, answer="red", id=f"{e.id}{i}") for i in range(2) for e in toys.pair(subject)
+    )  # half of them calibrate
     found = tradeoffs(
         Setting(subject, Data("toys", examples, "t"), tmp_path / "r"), shares="0.5", methods="uniform", rounds=0, budget=0
     )

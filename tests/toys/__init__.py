@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from tests.toys import llava, others, qwen
-from tests.toys.asked import WORDS, pair, questions
+from tests.toys.asked import WORDS, extended, pair, questions
 from tests.toys.base import Made, picture, sound
 
 hf.logging.set_verbosity_error()
@@ -40,6 +40,18 @@ def build(family: str, seed: int = 0) -> Made:
     return model.eval(), processor
 
 
+def wide(family: str) -> Made:
+    """A toy whose sliding windows hold the whole prompt: tokens can be dropped from it."""
+    model, processor = build(family)
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 256
+        for module in model.modules():
+            if getattr(module, "sliding_window", None):
+                module.sliding_window = 256
+    return model, processor
+
+
 def save(model: torch.nn.Module, processor: Any, folder: Path) -> None:
     """A folder as the hub has it: weights, tokenizer, picture processor, chat template, and the processor's class name."""
     model.save_pretrained(folder)
@@ -62,4 +74,4 @@ def save(model: torch.nn.Module, processor: Any, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(processor.chat_template)
 
 
-__all__ = ["FAMILIES", "PLAIN", "WORDS", "build", "pair", "picture", "questions", "save", "sound"]
+__all__ = ["FAMILIES", "PLAIN", "WORDS", "build", "extended", "pair", "picture", "questions", "save", "sound", "wide"]

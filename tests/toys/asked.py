@@ -1,6 +1,10 @@
 """What toys are asked."""
 
-from probe import Example, Subject
+from typing import Any
+
+import torch
+
+from probe import Encoded, Example, Subject
 from tests.toys.base import picture, sound
 
 WORDS = (("what color is the ball ?", "yes no"), ("is there a dog in the park ?", "one"))
@@ -22,3 +26,14 @@ def pair(subject: Subject, media: bool = True) -> list[Example]:
 def questions(subject: Subject) -> list[Example]:
     """The pair with its media where the model takes any, else its words."""
     return pair(subject, bool(subject.marks))
+
+
+def extended(encoded: Encoded, written: torch.Tensor) -> dict[str, Any]:
+    """Inputs of one pass over prompts and written tokens (batch token), as a pass without a cache reads them."""
+    inputs = dict(encoded.inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], written], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(written)], 1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(written)], 1)
+    return inputs
