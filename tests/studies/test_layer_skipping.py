@@ -10,6 +10,7 @@ from compress.layer_scores import layer_scores
 from compress.passes.layers import RemoveLayers
 from compress.recipe import compress
 from probe import load
+from probe.errors import DataError
 from studies import layer_skipping as module
 from studies.data import Data, apart, load_data
 from studies.layer_skipping import layer_skipping, rankings, sizes
