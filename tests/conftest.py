@@ -1,5 +1,6 @@
 """What every test shares: one thread, seeds, and the toys, built once."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,3 +37,8 @@ def pair() -> list[Example]:
         Example("a", "what color is the ball ?", (toys.picture(),), suffix="yes no"),
         Example("b", "is there a dog in the park ?", (toys.picture(30, 50, 1),), suffix="one"),
     ]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays to the end: the collector need not look at it again and again (a third of a second each time)."""
+    gc.freeze()

@@ -9,7 +9,7 @@ from studies.demo import build
 
 @pytest.fixture(scope="session")
 def stranger(tmp_path_factory):
-    """The folder of an untrained demo model of three layers."""
+    """The folder of an untrained demo model, eight layers."""
     transformers.logging.set_verbosity_error()
     processor = build.processor()
     torch.manual_seed(0)

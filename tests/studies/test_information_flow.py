@@ -1,10 +1,7 @@
 """The study: resumes to the same bytes, skips what is broken, says what it measured."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from probe.tracing import last_logits
 from studies.data import Data, load_data
 from studies.information_flow import information_flow
 from studies.study import STUDIES, Setting, find_study, units
+from tests.studies import command
 
 KEYS = [
     "run",
@@ -109,24 +107,29 @@ def test_the_cut_off_says_what_it_tolerates_and_whether_it_may_never_come(done):
 
 
 def test_five_kills_leave_the_same_bytes(stranger, tmp_path):
-    def command(out):
-        return [sys.executable, "-m", "studies.cli", "study", "information-flow", "--model", str(stranger), "--data", "demo", "--limit", "12",
-                "--batch", "2", "--flows", "image->last", "--no-only-correct", "--out", str(out), "--quiet", "--json", "--device", "cpu"]  # fmt: skip
+    def start(out):
+        asked = ["study", "information-flow", "--model", str(stranger), "--data", "demo", "--limit", "12", "--batch", "2", "--flows", "image->last",
+                 "--no-only-correct", "--out", str(out), "--quiet", "--json", "--device", "cpu"]  # fmt: skip
+        return command.start(asked, tmp_path / "said.json")
 
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def finish(out):
+        process = start(out)
+        process.join()
+        assert process.exitcode == 0
+        return json.loads((tmp_path / "said.json").read_text())
+
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    subprocess.run(command(calm), check=True, env=env, capture_output=True)
+    finish(calm)
     kills = 0
     for wanted in (0, 1, 2, 3, 4):
-        process = subprocess.Popen(command(killed), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(killed.glob("records/*.parquet"))) < wanted:
+        process = start(killed)
+        while process.is_alive() and len(list(killed.glob("records/*.parquet"))) < wanted:
             time.sleep(0.01)
         time.sleep(0.03 * wanted)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    last = subprocess.run(command(killed), check=True, env=env, capture_output=True, text=True)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    last = finish(killed)
     assert kills == 5
     parts = sorted(path.name for path in (calm / "records").iterdir())
     assert len(parts) == 6
@@ -135,7 +138,7 @@ def test_five_kills_leave_the_same_bytes(stranger, tmp_path):
         assert (calm / "records" / part).read_bytes() == (killed / "records" / part).read_bytes()
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (calm, killed))
     assert {**a, "run": ""} == {**b, "run": ""}
-    assert json.loads(last.stdout.splitlines()[-1])["n"] == 12
+    assert last["n"] == 12
 
 
 def test_a_finished_run_is_not_done_again(done, subject, monkeypatch):

@@ -31,7 +31,7 @@ def little_evidence():
 @pytest.fixture(scope="module")
 def run(stranger, little_evidence, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tradeoffs") / "r"
-    asked = ["study", "tradeoffs", "--model", str(stranger), "--limit", "4", "--shares", "0.25", "--methods", "uniform", "--rounds", "6",
+    asked = ["study", "tradeoffs", "--model", str(stranger), "--limit", "4", "--shares", "0.25", "--methods", "uniform", "--rounds", "2",
              "--tokens", "2", "--budget", "0", "--time-budget", "0", "--device", "cpu", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
