@@ -138,7 +138,7 @@ def _one_layer(
     layer = subject.layers[index]
     with _summing(layer, index, statistic, lambda name: wanted(index, name)) as sums:
         for run in runs:
-            sums.rows = run.rows
+            sums.rows, sums.every = run.rows, run.every
             left = run.through(layer, index)
             if dense:
                 run.go_on(index, left)
@@ -169,6 +169,7 @@ class _Run:
     rows: Bool[Tensor, "batch position"]
     device: torch.device  # where it is computed; the state may wait elsewhere
     offload: bool = False
+    every: bool = False  # whether all tokens count
 
     def through(self, layer: nn.Module, index: int) -> Tensor:
         """What the layer makes of the state, with what the family adds to the stream after it."""
@@ -194,7 +195,9 @@ def _captured(subject: Subject, encoded: Encoded, side: Side, offload: bool) -> 
             f"{len(seen.calls)} of {subject.n_layers} layers of this {subject.anatomy.family} model run: it cannot be calibrated layer by layer"
         )
     state = seen.first
-    return _Run(state.cpu() if offload else state, seen.calls, counted(encoded, side).to(state.device), state.device, offload)
+    rows = counted(encoded, side)
+    every = bool(rows.all())
+    return _Run(state.cpu() if offload else state, seen.calls, rows.to(state.device), state.device, offload, every)
 
 
 @dataclass
@@ -272,6 +275,7 @@ class _Sums:
         self.index, self.statistic = index, statistic
         self.found: dict[str, Statistic] = {}
         self.rows: Tensor = torch.zeros(0, dtype=torch.bool)
+        self.every = False  # whether they are all of them: then nothing is picked
         self.seen: tuple[Tensor, Statistic] | None = None  # the tensor that was summed last, and where
 
     def take(self, name: str, entering: Tensor) -> None:
@@ -285,7 +289,8 @@ class _Sums:
             )
         sums = self.found.setdefault(name, self.statistic())
         self.seen = entering, sums
-        sums.add(entering.reshape(-1, entering.shape[-1])[self.rows.flatten()])
+        tokens = entering.reshape(-1, entering.shape[-1])
+        sums.add(tokens if self.every else tokens[self.rows.flatten()])
 
 
 @contextmanager

@@ -16,13 +16,13 @@ class Statistic(Protocol):
 
 
 class Squares:
-    """The sum of the squares of every input: what Wanda asks for (arXiv 2306.11695)."""
+    """The sum of the squares of every input: what Wanda asks for (arXiv 2306.11695). Each batch in float32, batches in float64."""
 
     def __init__(self) -> None:
         self.n, self.sums = 0, torch.zeros(0, dtype=torch.float64)
 
     def add(self, rows: Float[Tensor, "row in"]) -> None:
-        found = rows.float().square().sum(0, dtype=torch.float64)
+        found = rows.float().square().sum(0).double()
         self.sums, self.n = found if not self.n else self.sums + found, self.n + len(rows)
 
     @property

@@ -2,14 +2,28 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probe.analysis.alignment import cosine, diagonal, divergences, layers_for_vocabulary, norms, similarities, unit
+from probe.analysis.alignment import (
+    DIAGONAL,
+    DIVERGENCES,
+    MODES,
+    NORMS,
+    Spoken,
+    Tokens,
+    alike_themselves,
+    cosine,
+    diverging,
+    layers_for_vocabulary,
+    similar,
+    sizes,
+    unit,
+)
 from probe.errors import ExampleError
 from probe.example import Example
 from probe.sites import SITES, watching
@@ -51,8 +65,10 @@ class Anchors:
     """
 
     ids: list[str] = field(default_factory=list)
-    means: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)  # (site, layer): mean textual state of each
-    tokens: dict[int, list[Tensor]] = field(default_factory=dict)  # state index: textual states of each, for the other modes
+    means: dict[str, dict[int, list[Tensor]]] = field(
+        default_factory=dict
+    )  # site: layer: mean textual state of each, length one
+    tokens: dict[int, list[Tokens]] = field(default_factory=dict)  # state index: textual states of each, for the other modes
 
     def others(self, example: Example) -> list[int]:
         """Indices of the anchors that are not this example."""
@@ -86,18 +102,17 @@ def gather_anchors(
     anchors = Anchors()
     for example in examples:
         encoded = subject.encode(example)
-        at = torch.from_numpy(sides_of(encoded.maps[0], example, modality).textual)
+        at = span(sides_of(encoded.maps[0], example, modality).textual)
         keeps = len(anchors.ids) < whole
 
-        def take(site: str, layer: int, state: Tensor, at: Tensor = at, keeps: bool = keeps) -> None:
-            words = state[0, at.to(state.device)].float()
-            anchors.means.setdefault((site, layer), []).append(words.mean(0))
-            if keeps and site == "in" and layer == 0:
-                anchors.tokens.setdefault(0, []).append(words)
-            if keeps and site == "out":
-                anchors.tokens.setdefault(layer + 1, []).append(words)
+        def take(site: str, layer: int, state: Tensor, at: slice | Tensor = at, keeps: bool = keeps) -> None:
+            words = state[0, at]
+            anchors.means.setdefault(site, {}).setdefault(layer, []).append(unit(words.mean(0, dtype=torch.float32)))
+            index = _index(site, layer)
+            if keeps and index is not None:
+                anchors.tokens.setdefault(index, []).append(Tokens.of(words))
 
-        with watching(subject, take, sites):
+        with watching(subject, take, _read(sites)):
             last_logits(subject, encoded)
         anchors.ids.append(example.id)
     return anchors
@@ -112,88 +127,138 @@ def read_alignment(
     With `words`, the vocabulary distributions of a tenth of the layers are compared as well: an unembedding of every token there.
     The site `out`, and `in` of layer 0, are always read.
     """
-    reader = _Reader(subject, encoded, sides, anchors, words)
-    with watching(subject, reader.take, [site for site in SITES if site in ("in", "out", *sites)]):
+    readers = [Reader(subject, example, side, anchors, words) for example, side in zip(encoded.examples, sides, strict=True)]
+
+    def take(site: str, layer: int, state: Tensor) -> None:
+        for reader, one in zip(readers, state, strict=True):
+            reader.take(site, layer, one)
+
+    with watching(subject, take, _read(sites)):
         last_logits(subject, encoded)
-    return reader.readings
+    return [reader.reading() for reader in readers]
 
 
-class _Reader:
-    def __init__(
-        self, subject: Subject, encoded: Encoded, sides: Sequence[Sides], anchors: Anchors | None, words: bool
-    ) -> None:  # fmt: skip
-        self.subject, self.encoded, self.anchors = subject, encoded, anchors
-        self.positions = [(torch.from_numpy(one.perceptual), torch.from_numpy(one.textual)) for one in sides]
-        self.readings = [Reading(example.id) for example in encoded.examples]
-        self.others = [anchors.others(example) if anchors else [] for example in encoded.examples]
-        self.first: list[Tensor] = []  # each example's perceptual states as they enter layer 0
-        self.before: list[deque[tuple[Tensor, Tensor]]] = [deque(maxlen=max(INTERVALS)) for _ in sides]
+def span(positions: np.ndarray) -> slice | Tensor:
+    """What picks these positions: a slice where they are a run, which copies nothing."""
+    if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
+        return slice(int(positions[0]), int(positions[-1]) + 1)
+    return torch.from_numpy(positions)
+
+
+def _read(sites: Sequence[str]) -> list[str]:
+    return [site for site in SITES if site in ("in", "out", *sites)]
+
+
+def _index(site: str, layer: int) -> int | None:
+    """The state index of a site, if it is one."""
+    if site == "out":
+        return layer + 1
+    return 0 if (site, layer) == ("in", 0) else None
+
+
+class Reader:
+    """What is gathered of one example while the pass runs: tensors, of which numbers are made at its end, all at once."""
+
+    def __init__(self, subject: Subject, example: Example, sides: Sides, anchors: Anchors | None, words: bool) -> None:
+        self.subject, self.example = subject, example
+        self.at = (span(sides.perceptual), span(sides.textual))
+        self.anchors = anchors or Anchors()
+        self.others = self.anchors.others(example)
+        self.means: tuple[dict[str, dict[int, Tensor]], ...] = ({}, {})  # of each side; site: layer: the mean state
+        self.similar: list[Tensor] = []
+        self.unmatched: list[Tensor] = []
+        self.sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.drift: dict[tuple[str, int], list[Tensor]] = {}
+        self.before: deque[tuple[Tokens, Tokens]] = deque(maxlen=max(INTERVALS))
         self.vocabulary = layers_for_vocabulary(subject.n_layers + 1) if words else []
+        self.first: Spoken | None = None  # perceptual tokens as they enter layer 0
+        self.words: dict[str, list[Tensor]] = {"same": [], "input": []}
 
     @torch.no_grad()
-    def take(self, site: str, layer: int, state: Tensor) -> None:
-        for i, (perceptual, textual) in enumerate(self.positions):
-            p, t = state[i, perceptual.to(state.device)].float(), state[i, textual.to(state.device)].float()
-            self._site(i, site, layer, p.mean(0), t.mean(0))
-            if site == "in" and layer == 0:
-                self.first.append(p)
-                self._state(i, 0, p, t)
-            elif site == "out":
-                self._state(i, layer + 1, p, t)
+    def take(self, site: str, layer: int, state: Float[Tensor, "position width"]) -> None:
+        """Looks at one example's states at a site of a layer."""
+        p, t = (state[at] for at in self.at)
+        index = _index(site, layer)
+        if index is None:
+            seen = (p.mean(0, dtype=torch.float32), t.mean(0, dtype=torch.float32))
+        else:
+            both = Tokens.of(p), Tokens.of(t)
+            self._state(index, *both)
+            seen = (both[0].mean, both[1].mean)
+            if index in self.vocabulary:
+                self._words(p, t)
+        for means, one in zip(self.means, seen, strict=True):
+            means.setdefault(site, {})[layer] = one
 
-    def _site(self, i: int, site: str, layer: int, p: Tensor, t: Tensor) -> None:
-        found = self.readings[i].sites
-        found.setdefault("matched", {}).setdefault(site, {})[layer] = float(cosine(p, t))
-        if self.others[i] and (site, layer) in self.anchors.means:  # type: ignore[union-attr]
-            means = torch.stack([self.anchors.means[site, layer][j] for j in self.others[i]])  # type: ignore[union-attr]
-            found.setdefault("unmatched", {}).setdefault(site, {})[layer] = float(cosine(p, means.to(p.device)).mean())
+    def _state(self, index: int, p: Tokens, t: Tokens) -> None:
+        self.similar.append(similar(p, t))
+        whole = self.anchors.tokens.get(index, [])
+        if others := [whole[j] for j in self.others if j < len(whole)][:2]:
+            self.unmatched.append(torch.stack([similar(p, other) for other in others]).mean(0))
+        for kept, now in zip(self.sizes, (p, t), strict=True):
+            kept.append(sizes(now))
+        for interval in (interval for interval in INTERVALS if interval <= len(self.before)):
+            for side, then, now in zip(SIDES, self.before[-interval], (p, t), strict=True):
+                moved = alike_themselves(then.units.to(now.units.device), now.units)
+                self.drift.setdefault((side, interval), []).append(moved)
+        self.before.append((p, t))
 
-    def _state(self, i: int, index: int, p: Tensor, t: Tensor) -> None:
-        reading = self.readings[i]
-        first = self.first[i].to(p.device)
-        _append(reading.similar, "matched", similarities(p, t))
-        reading.from_input.setdefault("matched", []).append(float(cosine(first.mean(0), t.mean(0))))
-        if self.others[i] and self.anchors is not None:
-            self._unmatched(i, index, p, first)
-        for side, states in zip(SIDES, (p, t), strict=True):
-            _append(reading.norm, side, norms(states))
-            one = unit(states.mean(0)).cpu().numpy()[None]
-            reading.units[side] = np.concatenate([reading.units[side], one]) if side in reading.units else one
-        self._drift(i, p, t)
-        if index in self.vocabulary:
-            self._words(i, p, t, first)
-
-    def _unmatched(self, i: int, index: int, p: Tensor, first: Tensor) -> None:
-        assert self.anchors is not None
-        reading, place = self.readings[i], ("in", 0) if index == 0 else ("out", index - 1)
-        means = torch.stack([self.anchors.means[place][j] for j in self.others[i]]).to(p.device)
-        whole = [self.anchors.tokens[index][j] for j in self.others[i] if j < len(self.anchors.tokens[index])][:2]
-        each = [similarities(p, tokens.to(p.device)) for tokens in whole]
-        found = {mode: float(np.mean([one[mode] for one in each])) for mode in each[0]} if each else {}
-        found["avg"] = float(cosine(p.mean(0), means).mean())  # over all anchors, where the others have two
-        _append(reading.similar, "unmatched", found)
-        reading.from_input.setdefault("unmatched", []).append(float(cosine(first.mean(0), means).mean()))
-
-    def _drift(self, i: int, p: Tensor, t: Tensor) -> None:
-        before = self.before[i]
-        for interval in INTERVALS:
-            if interval <= len(before):
-                for side, then, now in zip(SIDES, before[-interval], (p, t), strict=True):
-                    found = {
-                        "avg": float(cosine(then.to(now.device).mean(0), now.mean(0))),
-                        **diagonal(then.to(now.device), now),
-                    }
-                    for mode, value in found.items():
-                        self.readings[i].drift.setdefault(side, {}).setdefault(interval, {}).setdefault(mode, []).append(value)
-        before.append((p, t))
-
-    def _words(self, i: int, p: Tensor, t: Tensor, first: Tensor) -> None:
+    def _words(self, p: Tensor, t: Tensor) -> None:
         """The same layer on both sides, and as published: the perceptual side always as it enters layer 0."""
-        said = [read_out(self.subject, states.to(self.subject.dtype)).float().log_softmax(-1) for states in (p, t, first)]
-        _append(self.readings[i].words, "same", divergences(said[0], said[1]))
-        _append(self.readings[i].words, "input", divergences(said[2], said[1]))
+        logits = read_out(self.subject, torch.cat([p, t]).to(self.subject.dtype)).float().log_softmax(-1)
+        now, asked = Spoken.of(logits[: len(p)]), Spoken.of(logits[len(p) :])
+        if self.first is None:
+            self.first = replace(now, each=now.each[: len(t)].clone())  # no more of them are compared one by one
+        self.words["same"].append(diverging(now, asked))
+        self.words["input"].append(diverging(self.first, asked))
+
+    def reading(self) -> Reading:
+        """What the example says, once the pass is over."""
+        p, t = (torch.stack([means["in"][0], *means["out"].values()]) for means in map(_gathered, self.means))
+        found = Reading(self.example.id)
+        found.similar["matched"] = _columns(MODES, self.similar)
+        found.from_input["matched"] = cosine(p[0], t).tolist()
+        found.norm = {side: _columns(NORMS, kept) for side, kept in zip(SIDES, self.sizes, strict=True)}
+        found.units = {side: unit(means).cpu().numpy() for side, means in zip(SIDES, (p, t), strict=True)}
+        for (side, interval), moved in self.drift.items():
+            means = p if side == SIDES[0] else t
+            avg = cosine(means[:-interval], means[interval:]).tolist()
+            found.drift.setdefault(side, {})[interval] = {"avg": avg, **_columns(DIAGONAL, moved)}
+        found.words = {reading: _columns(DIVERGENCES, values) for reading, values in self.words.items() if values}
+        self._sites(found)
+        if self.others:
+            self._apart(found, p)
+        return found
+
+    def _sites(self, found: Reading) -> None:
+        for site in self.means[0]:
+            layers = list(self.means[0][site])
+            p, t = (torch.stack(list(_gathered(means)[site].values())) for means in self.means)
+            found.sites.setdefault("matched", {})[site] = dict(zip(layers, cosine(p, t).tolist(), strict=True))
+            if self.others and site in self.anchors.means:
+                apart = self._cosines(p, [self.anchors.means[site][layer] for layer in layers])
+                found.sites.setdefault("unmatched", {})[site] = dict(zip(layers, apart, strict=True))
+
+    def _apart(self, found: Reading, p: Tensor) -> None:
+        """The unmatched pairing: `avg` over all anchors, where the other modes have two."""
+        means = [self.anchors.means["in"][0], *self.anchors.means["out"].values()]
+        found.similar["unmatched"] = _columns(MODES, self.unmatched) if self.unmatched else {}
+        found.similar["unmatched"]["avg"] = self._cosines(p, means)
+        found.from_input["unmatched"] = self._cosines(p[:1].expand(len(p), -1), means)
+
+    def _cosines(self, p: Float[Tensor, "row width"], means: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Each row's mean cosine with the anchors that are not this example."""
+        others = torch.stack([torch.stack([row[j] for j in self.others]).to(p.device) for row in means])
+        return [float(x) for x in (others @ unit(p)[..., None]).squeeze(-1).mean(1).tolist()]
 
 
-def _append(table: dict[str, dict[str, list[float]]], key: str, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        table.setdefault(key, {}).setdefault(name, []).append(value)
+def _gathered(means: dict[str, dict[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
+    """Means of a side, all on the device of the first: the layers of a model may lie on several."""
+    device = means["in"][0].device
+    return {site: {layer: state.to(device) for layer, state in layers.items()} for site, layers in means.items()}
+
+
+def _columns(names: Sequence[str], rows: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Values by name, from one vector of them for each state."""
+    table = torch.stack([row.to(rows[0].device) for row in rows]).T.tolist()
+    return dict(zip(names, table, strict=True))

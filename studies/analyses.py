@@ -35,9 +35,9 @@ GOALS = {
     "pairs_speedup": (f"all pairs of {EXAMPLES} examples: double loop / closed form", "at least 100"),
     "pairs_difference": ("  their largest difference", "at most 1e-6"),
     "likelihood_over_one_by_one": (f"likelihood of {len(OPTIONS)} options: one by one / prompt once", "at least 2.5"),
+    "likelihood_difference": ("  their largest difference", "at most 1e-5 in float32"),
     "wanda_over_forwards": (f"Wanda by dense states, {CALIBRATED} examples / their forwards", "at most 1.2"),
     "wanda_rerun_over_forwards": ("  by pruned states (layers run twice) / twice their forwards", "at most 1.2"),
-    "likelihood_difference": ("  their largest difference", "at most 1e-5 in float32"),
 }  # fmt: skip
 
 

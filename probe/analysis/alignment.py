@@ -5,7 +5,9 @@ matched or not. Here the two are kept apart: what is alike only because all stat
 unmatched pairs too, and the difference is what an example's own picture and words share.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,7 @@ from torch import Tensor
 MODES = ("avg", "avg_trimmed", "max", "min", "mean", "median", "max_mean")
 DIAGONAL = ("diag_mean", "diag_median", "diag_max")
 NORMS = ("norm_of_mean", "norm_min", "norm_median", "norm_max")
+DIVERGENCES = ("kl_zipped", "kl_of_means", "js_of_means", "entropy_p", "entropy_t")
 
 
 def unit(states: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
@@ -21,11 +24,23 @@ def unit(states: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
     return torch.nn.functional.normalize(states.float(), dim=-1, eps=1e-12)
 
 
-def trimmed(states: Float[Tensor, "token width"]) -> Float[Tensor, "kept width"]:
-    """The states without those whose norm is beyond the mean by two standard deviations: sinks and registers."""
-    norms = states.float().norm(dim=-1)
-    kept = norms <= norms.mean() + 2 * norms.std(correction=0)
-    return states[kept]
+@dataclass(frozen=True)
+class Tokens:
+    """A set of tokens, with what every comparison asks of it, worked out once; float32."""
+
+    norms: Float[Tensor, " token"]
+    units: Float[Tensor, "token width"]
+    mean: Float[Tensor, " width"]
+    trimmed: Float[Tensor, " width"]  # the mean without norms beyond theirs by two standard deviations: sinks and registers
+
+    @classmethod
+    def of(cls, states: Float[Tensor, "token width"]) -> "Tokens":
+        """The set of some states (token width)."""
+        states = states.float()
+        norms = states.norm(dim=-1)
+        usual = norms.mean() + 2 * norms.std(correction=0)
+        kept = (norms <= usual * (1 + 1e-6)).float()  # norms that are all the same differ from their mean by rounding
+        return cls(norms, states / norms.clamp(min=1e-12)[:, None], states.mean(0), kept @ states / kept.sum())
 
 
 def similarities(p: Float[Tensor, "p width"], t: Float[Tensor, "t width"]) -> dict[str, float]:
@@ -34,20 +49,27 @@ def similarities(p: Float[Tensor, "p width"], t: Float[Tensor, "t width"]) -> di
     `avg` is SimAvg, the cosine of the mean tokens (`avg_trimmed` without perceptual tokens of massive norm); `max`, `min`,
     `mean` and `median` go over all pairs of tokens; `max_mean` is the mean over perceptual tokens of their best match.
     """
-    p, t = p.float(), t.float()
-    each = unit(p) @ unit(t).T
+    return dict(zip(MODES, similar(Tokens.of(p), Tokens.of(t)).tolist(), strict=True))
+
+
+def similar(p: Tokens, t: Tokens) -> Float[Tensor, " mode"]:
+    """The values of `similarities`, where they were computed."""
+    each = p.units @ t.units.T
     best = each.amax(1)
-    values = [
-        cosine(p.mean(0), t.mean(0)), cosine(trimmed(p).mean(0), t.mean(0)), best.amax(), each.amin(), each.mean(),
-        _median(each.flatten()), best.mean(),
-    ]  # fmt: skip
-    return dict(zip(MODES, torch.stack(values).tolist(), strict=True))
+    means = cosine(torch.stack([p.mean, p.trimmed]), t.mean)
+    rest = torch.stack([best.amax(), each.amin(), each.mean(), _median(each.flatten()), best.mean()])
+    return torch.cat([means, rest])
 
 
 def diagonal(a: Float[Tensor, "token width"], b: Float[Tensor, "token width"]) -> dict[str, float]:
     """How like themselves tokens are at two layers: mean, median and maximum of each token's cosine with itself."""
-    each = cosine(a, b)
-    return dict(zip(DIAGONAL, torch.stack([each.mean(), _median(each), each.amax()]).tolist(), strict=True))
+    return dict(zip(DIAGONAL, alike_themselves(unit(a), unit(b)).tolist(), strict=True))
+
+
+def alike_themselves(a: Float[Tensor, "token width"], b: Float[Tensor, "token width"]) -> Float[Tensor, " mode"]:
+    """The values of `diagonal` from states of length one, where they were computed."""
+    each = (a * b).sum(-1)
+    return torch.stack([each.mean(), _median(each), each.amax()])
 
 
 def cosine(a: Float[Tensor, "*a width"], b: Float[Tensor, "*b width"]) -> Float[Tensor, "*both"]:
@@ -57,16 +79,24 @@ def cosine(a: Float[Tensor, "*a width"], b: Float[Tensor, "*b width"]) -> Float[
 
 def norms(states: Float[Tensor, "token width"]) -> dict[str, float]:
     """The norm of the mean token, and the least, median and largest norm of a token."""
-    each = states.float().norm(dim=-1)
-    values = [states.float().mean(0).norm(), each.amin(), _median(each), each.amax()]
-    return dict(zip(NORMS, torch.stack(values).tolist(), strict=True))
+    return dict(zip(NORMS, sizes(Tokens.of(states)).tolist(), strict=True))
+
+
+def sizes(tokens: Tokens) -> Float[Tensor, " kind"]:
+    """The values of `norms`, where they were computed."""
+    each = tokens.norms
+    return torch.stack([tokens.mean.norm(), each.amin(), _median(each), each.amax()])
 
 
 def _median(values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """The median as NumPy has it: the mean of the middle two of an even number."""
     n = len(values)
-    upper = values.kthvalue(n // 2 + 1).values
-    return upper if n % 2 else (values.kthvalue(n // 2).values + upper) / 2
+    if n % 2:
+        return values.kthvalue(n // 2 + 1).values
+    lower = values.kthvalue(n // 2).values
+    tied = (values <= lower).sum() > n // 2
+    upper = torch.where(values > lower, values, float("inf")).amin()  # cheaper than choosing a second time
+    return (lower + torch.where(tied, lower, upper)) / 2
 
 
 def mean_over_pairs(
@@ -83,6 +113,25 @@ def mean_over_unmatched(
     return ((a.double() * b.double()).sum(-1) - matched.double()) / (n * (n - 1))
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """The vocabulary distributions of a set of tokens: log-probabilities of each and of their mean, and their mean entropy in nats."""
+
+    each: Float[Tensor, "token vocabulary"]
+    mean: Float[Tensor, " vocabulary"]
+    entropy: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, log_probs: Float[Tensor, "token vocabulary"]) -> "Spoken":
+        """The distributions of some log-probabilities (token vocabulary)."""
+        log_probs = log_probs.float()
+        probs = log_probs.exp()
+        mean = probs.mean(0)
+        # The exponentials are there for the entropies; where their mean is nothing in float32, its logarithm needs another way.
+        log_mean = mean.log() if bool((mean > 1e-30).all()) else log_probs.logsumexp(0) - math.log(len(log_probs))
+        return cls(log_probs, log_mean, -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1).mean())
+
+
 def divergences(p: Float[Tensor, "p vocabulary"], t: Float[Tensor, "t vocabulary"]) -> dict[str, float]:
     """How unlike the vocabulary distributions of two sets of tokens are, from their log-probabilities; natural logarithms.
 
@@ -90,31 +139,20 @@ def divergences(p: Float[Tensor, "p vocabulary"], t: Float[Tensor, "t vocabulary
     arXiv 2405.16700); `kl_of_means` and `js_of_means` (at most ln 2) compare the mean distributions, which does not depend
     on which token comes first. `entropy_p` and `entropy_t` are means over tokens.
     """
-    p, t = p.float(), t.float()
-    short = min(len(p), len(t))
-    mean_p, mean_t = _log_mean(p), _log_mean(t)
-    middle = torch.logaddexp(mean_p, mean_t) - torch.log(torch.tensor(2.0))
-    return {
-        "kl_zipped": float(kl(p[:short], t[:short]).mean()),
-        "kl_of_means": float(kl(mean_p, mean_t)),
-        "js_of_means": float((kl(mean_p, middle) + kl(mean_t, middle)) / 2),
-        "entropy_p": float(entropy(p).mean()),
-        "entropy_t": float(entropy(t).mean()),
-    }
+    return dict(zip(DIVERGENCES, diverging(Spoken.of(p), Spoken.of(t)).tolist(), strict=True))
+
+
+def diverging(p: Spoken, t: Spoken) -> Float[Tensor, " kind"]:
+    """The values of `divergences`, where they were computed."""
+    short = min(len(p.each), len(t.each))
+    middle = torch.logaddexp(p.mean, t.mean) - math.log(2)
+    js = (kl(p.mean, middle) + kl(t.mean, middle)) / 2
+    return torch.stack([kl(p.each[:short], t.each[:short]).mean(), kl(p.mean, t.mean), js, p.entropy, t.entropy])
 
 
 def kl(p: Float[Tensor, "*any vocabulary"], q: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any"]:
     """KL(p || q) of log-probabilities, nats; where p is 0 there is nothing to add."""
     return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1).clamp(min=0)
-
-
-def entropy(p: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any"]:
-    """Entropy of log-probabilities, nats."""
-    return -torch.where(p.exp() > 0, p.exp() * p, 0.0).sum(-1)
-
-
-def _log_mean(p: Float[Tensor, "token vocabulary"]) -> Float[Tensor, " vocabulary"]:
-    return p.logsumexp(0) - torch.log(torch.tensor(float(len(p))))
 
 
 def layers_for_vocabulary(n_states: int, count: int = 10) -> list[int]:
