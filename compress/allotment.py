@@ -16,9 +16,15 @@ Scores = Mapping[int, Float[Tensor, " unit"]]  # by layer, low where a unit does
 Gone = dict[int, tuple[int, ...]]
 
 
-def even(scores: Scores, share: float, multiple: int = 1) -> Gone:
-    """int(share * n) of the n units of every layer, rounded so that a multiple of so many stays."""
-    return {layer: _lowest(one, _left(len(one), int(share * len(one) + 1e-9), multiple)) for layer, one in scores.items()}
+def even(scores: Scores, share: float | Sequence[float], multiple: int = 1) -> Gone:
+    """int(share * n) of the n units of every layer, rounded so that a multiple of so many stays; `share` may be one for each layer, by its number."""
+    own = {layer: share[layer] if isinstance(share, Sequence) else share for layer in scores}
+    return {layer: _lowest(one, left_of(len(one), own[layer], multiple)) for layer, one in scores.items()}
+
+
+def left_of(count: int, share: float, multiple: int = 1) -> int:
+    """How many of `count` units stay where a share of them goes."""
+    return _left(count, int(share * count + 1e-9), multiple)
 
 
 def over_layers(scores: Scores, share: float, multiple: int = 1, least: int = 1) -> Gone:

@@ -3,7 +3,7 @@
 All are KL(dense || changed) in nats at the position that predicts the answer's first token, one number for each example.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.layer_scores import divergence, visual_positions
-from compress.passes.base import Pass
+from compress.passes.base import Evidence, Pass
+from compress.passes.removal import Hidden, chosen
 from compress.recipe import compress
+from compress.structure import Kind
 from probe.edits import Patch
 from probe.errors import ReplayError
 from probe.example import Example
@@ -78,15 +80,28 @@ def _one(subject: Subject, encoded: Encoded, kinds: Sequence[str]) -> dict[str, 
     return found
 
 
-def step_damage(
-    subject: Subject, steps: Sequence[Pass], batches: Sequence[Encoded], clean: Sequence[Tensor] | None = None, in_place: bool = False
+def hidden_damage(
+    subject: Subject, kind: Kind, units: Mapping[int, Sequence[int]], batches: Sequence[Encoded], clean: Sequence[Tensor]
 ) -> Float[np.ndarray, " example"]:  # fmt: skip
-    """Several steps applied together to a copy, measured on encoded examples; `clean` are the dense model's last logits of each batch.
+    """Heads or neurons of some layers silenced while encoded examples are read, which is what removing them does; `clean` as in `step_damage`."""
+    hidden = Hidden(chosen(subject, kind, units).values())
+    try:
+        return np.concatenate([divergence(was, last_logits(subject, one)) for was, one in zip(clean, batches, strict=True)])
+    finally:
+        hidden.detach()
+
+
+def step_damage(
+    subject: Subject, steps: Sequence[Pass], batches: Sequence[Encoded], clean: Sequence[Tensor] | None = None, in_place: bool = False,
+    evidence: Evidence | None = None,
+) -> Float[np.ndarray, " example"]:  # fmt: skip
+    """Several steps applied together to a copy, measured on encoded examples; `clean` are the dense model's last logits of each batch,
+    `evidence` what the steps ask for.
 
     `in_place` spares the copy, for steps that only hang on the model while it runs: it is as it was afterwards.
     """
     before = [last_logits(subject, one) for one in batches] if clean is None else clean
-    smaller = compress(subject, list(steps), in_place=in_place)
+    smaller = compress(subject, list(steps), evidence, in_place=in_place)
     try:
         each = [divergence(was, last_logits(smaller, one)) for was, one in zip(before, batches, strict=True)]
         return np.concatenate(each)

@@ -2,19 +2,23 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from compress.allotment import left_of
 from compress.budget import Budget
 from compress.cost import Cost, cost
 from compress.layer_cost import LayerSize, Ran, layer_sizes
 from compress.passes.base import Pass, find_pass
 from compress.passes.tokens import Pyramid, Tokens, Withdraw
-from compress.prices import Price, skip
+from compress.passes.width import Width
+from compress.prices import Price, narrow, skip
+from compress.structure import units_of
 from compress.tokens.media import find_media
 from probe.subject import Encoded, Subject
 
-KINDS = ("tokens", "withdraw", "freeze", "ffn", "remove")
+KINDS = ("tokens", "withdraw", "freeze", "ffn", "narrow", "remove")
 LAYERS = {"remove": "removed", "freeze": "frozen", "ffn": "ffn"}  # kinds that a draft has a set of layers for
 
 
@@ -27,6 +31,13 @@ class Draft:
     removed: frozenset[int] = frozenset()
     frozen: frozenset[int] = frozenset()
     ffn: frozenset[int] = frozenset()
+    narrow: frozenset[tuple[int, float]] = frozenset()  # a layer, and the share of its neurons that goes
+    score: str = "flap"  # which neurons these are
+
+    def narrowed(self, layer: int, share: float) -> "Draft":
+        """The draft with another share of a layer's neurons gone (0: none)."""
+        others = frozenset(one for one in self.narrow if one[0] != layer)
+        return replace(self, narrow=others | {(layer, share)} if share else others)
 
     def layers(self, kind: str) -> frozenset[int]:
         found: frozenset[int] = getattr(self, LAYERS[kind])
@@ -49,12 +60,17 @@ class Draft:
             return replace(self, tokens=None)
         if price.kind == "withdraw":
             return replace(self, withdrawn=n_layers)
+        if price.kind == "narrow":
+            return self.narrowed(price.layer, 0.0)
         return self.on(price.kind, self.layers(price.kind) - {price.layer})
 
     def taken(self, prices: Mapping[str, Sequence[Price]]) -> list[Price]:
         """The prices of its steps; a layer that is gone has none but its own, and one without visual tokens none for them."""
         found = [self.tokens] if self.tokens else []
         found += [one for one in prices.get("withdraw", ()) if one.layer == self.withdrawn]
+        found += [
+            one for one in prices.get("narrow", ()) if (one.layer, one.share) in self.narrow and one.layer not in self.removed
+        ]
         for kind in LAYERS:
             seen = range(self.withdrawn) if kind != "remove" else None
             gone = self.removed if kind != "remove" else frozenset()
@@ -86,14 +102,23 @@ class Counter:
     def __init__(self, subject: Subject, prompts: Sequence[Encoded]) -> None:
         self.cross = subject.anatomy.cross
         self.sizes: list[LayerSize] = layer_sizes(subject)
-        self.prompts = [Prompt.of(subject, one) for one in prompts]
+        self.neurons = {layer: one.count for layer, one in units_of(subject, "neurons")[0].items()}
+        alike: dict[Any, list[Prompt]] = {}
+        for one in (Prompt.of(subject, encoded) for encoded in prompts):
+            alike.setdefault((one.text, one.media, one.dense.total_macs), []).append(one)
+        self.prompts = [(same[0], len(same) / len(prompts)) for same in alike.values()]  # with the share of prompts like it
+        self.narrower: dict[tuple[int, float], LayerSize] = {}
+        self.known: dict[Draft, float] = {}  # drafts of different kinds of steps have many beginnings in common
 
     def __call__(self, draft: Draft) -> float:
-        choosing = draft.tokens.choosing if draft.tokens else 0.0
-        return float(np.mean([self._share(draft, one) for one in self.prompts])) + choosing
+        if draft not in self.known:
+            choosing = draft.tokens.choosing if draft.tokens else 0.0
+            self.known[draft] = sum(part * self._share(draft, one) for one, part in self.prompts) + choosing
+        return self.known[draft]
 
     def _share(self, draft: Draft, prompt: Prompt) -> float:
         left = prompt.dense.total_macs - sum(prompt.dense.layers)
+        shares = dict(draft.narrow)
         for layer, size in enumerate(self.sizes):
             if layer in draft.removed:
                 continue
@@ -106,8 +131,16 @@ class Counter:
                 ran = Ran.text_rows(prompt.text, visual, ffn=False)
             elif layer in draft.ffn:
                 ran = Ran(prompt.text + visual, prompt.text + visual, prompt.text)
-            left += size.macs(ran)
+            left += self._narrowed(size, layer, shares.get(layer, 0.0)).macs(ran)
         return left / prompt.dense.total_macs
+
+    def _narrowed(self, size: LayerSize, layer: int, share: float) -> LayerSize:
+        if not share:
+            return size
+        if (layer, share) not in self.narrower:
+            count = self.neurons[layer]
+            self.narrower[layer, share] = replace(size, ffn=size.ffn * left_of(count, share, Width().round_to) / count)
+        return self.narrower[layer, share]
 
 
 class Watch:
@@ -201,6 +234,12 @@ def _moves(draft: Draft, prices: Mapping[str, Sequence[Price]], kinds: Sequence[
     if "remove" in kinds and len(draft.removed) < n_layers // 2:
         free = [one.layer for one in prices["remove"] if one.layer not in draft.removed]
         moves += [replace(draft, removed=draft.removed | {layer}) for layer in free]
+    if "narrow" in kinds:
+        shares = dict(draft.narrow)
+        moves += [
+            draft.narrowed(one.layer, one.share) for one in prices["narrow"]
+            if one.layer not in draft.removed and one.share > shares.get(one.layer, 0.0)
+        ]  # fmt: skip
     for kind in ("freeze", "ffn"):
         if kind in kinds:
             taken = draft.layers(kind) | draft.removed | draft.frozen
@@ -219,6 +258,9 @@ def steps(draft: Draft, n_layers: int) -> list[Pass]:
     found: list[Pass] = []
     if draft.removed:
         found.append(find_pass("remove-layers").model_validate({"layers": tuple(sorted(draft.removed))}))
+    shares = dict(draft.narrow)
+    if any(layer in shares for layer in left):
+        found.append(narrow([shares.get(layer, 0.0) for layer in left], score=draft.score))
     for kind, layers in (("ffn", draft.ffn), ("freeze", draft.frozen)):
         own = tuple(now(layer) for layer in sorted(layers - draft.removed) if layer < draft.withdrawn)
         found += [skip(kind, own)] if own else []

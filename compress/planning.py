@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from compress.calibration import Calibration
 from compress.damage import step_damage
-from compress.drafts import KINDS, LAYERS, Counter, Draft, Watch, cheapest, damage, steps
+from compress.drafts import KINDS, Counter, Draft, Watch, cheapest, damage, steps
 from compress.measure import encode_all
 from compress.passes.base import Evidence
 from compress.prices import Interval, Price, Prices, Stopwatch, interval, prices, stopwatch
@@ -35,12 +36,17 @@ WHY = {
     "freeze": "in this layer alone, leaving what is shown as it entered moves the answer's distribution by",
     "ffn": "in this layer alone, what is shown passing the feed-forward block by moves the answer's distribution by",
     "withdraw": "hiding what is shown from this layer on moves the answer's distribution by",
+    "narrow": "without them alone, the answer's distribution moves by",
     "tokens": "alone, it moves the answer's distribution by",
 }
 WHAT = {
-    "remove": "layer {layer} goes", "freeze": "visual tokens pass layer {layer} by", "ffn": "visual tokens pass the feed-forward block of layer {layer} by",
+    "remove": "layer {layer} goes",
+    "freeze": "visual tokens pass layer {layer} by",
+    "ffn": "visual tokens pass the feed-forward block of layer {layer} by",
     "withdraw": "visual tokens leave at layer {layer}",
-}  # fmt: skip
+    "narrow": "layer {layer} loses {share:.0%} of its neurons",
+}
+WAYS = {"tokens": "ways of keeping tokens", "narrow": "ways of narrowing a layer"}  # what a step is ranked among, where these are not layers  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,9 @@ def plan(
     batches = encode_all(subject, chosen, 8)
     clean = [last_logits(subject, one) for one in batches]
     prompts = [subject.encode(one) for one in chosen[:PROMPTS]]
-    watch = stopwatch(subject, prompts, rounds) if cost == "time" else None
-    priced = prices(subject, chosen, batches, clean, evidence or {}, seed, advance, watch)
+    known = {"calibration": Calibration(tuple(chosen)), **(evidence or {})}
+    watch = stopwatch(subject, prompts, rounds, known) if cost == "time" else None
+    priced = prices(subject, chosen, batches, clean, known, seed, advance, watch)
     flops = Counter(subject, prompts)
     count = Watch(priced.of) if watch else flops
     drafts = _drafts(priced, count, subject.n_layers, budget, cost)
@@ -170,7 +177,7 @@ def _tried(
             break
         passes = steps(draft, subject.n_layers)
         try:
-            each = step_damage(subject, passes, batches, clean)
+            each = step_damage(subject, passes, batches, clean, evidence=priced.evidence)
         except PassError as error:
             notes.append(f"{' and '.join(kinds)}: {error}")
             continue
@@ -192,11 +199,11 @@ def _choices(draft: Draft, priced: Prices, count: Callable[[Draft], float], n_la
 def _choice(price: Price, priced: Prices, saves: float) -> Choice:
     others = priced.of[price.kind]
     rank = sum(one.damage[0] < price.damage[0] for one in others) + 1
-    of = "layers" if price.kind in (*LAYERS, "withdraw") else "ways of keeping tokens"
+    of = WAYS.get(price.kind, "layers")
     if price.step is not None:
         what = f"{price.step.title}: {price.step.model_dump(mode='json', exclude_defaults=True)}"
     else:
-        what = WHAT[price.kind].format(layer=price.layer)
+        what = WHAT[price.kind].format(layer=price.layer, share=price.share)
     value, low, high = price.damage
     why = f"{WHY[price.kind]} {value:.3g} nats [{low:.3g}, {high:.3g}], rank {rank} of {len(others)} {of}{_beside(price, priced.evidence)}"
     return Choice(what, why, price.damage, saves)
@@ -206,7 +213,7 @@ def _beside(price: Price, evidence: Evidence) -> str:
     """What runs say of the same layer: how much visual tokens change in it, how far both kinds use its weights, where pictures stop to matter."""
     if price.kind in ("freeze", "ffn") and evidence.get("drift"):
         return f"; they keep a cosine of {evidence['drift'][price.layer]:.3f} with themselves across it"
-    if price.kind == "remove" and evidence.get("overlap"):
+    if price.kind in ("remove", "narrow") and evidence.get("overlap"):
         return f"; visual tokens and words share {evidence['overlap'][price.layer]:.2f} of its weights"
     if price.kind == "withdraw" and evidence.get("withdrawal_from"):
         return f" ({evidence['withdrawal_from']}, whose cut-off is layer {evidence['cutoff']['layer']})"

@@ -7,15 +7,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from compress.allotment import even
 from compress.budget import Budget
+from compress.calibration import Calibration
 from compress.cost import cost
-from compress.damage import KINDS, layer_damage, step_damage
+from compress.damage import KINDS, hidden_damage, layer_damage, step_damage
 from compress.evidence import gather
 from compress.latency import ratio, take_turns
 from compress.passes.base import Evidence, Pass, find_pass
 from compress.passes.layers import RemoveLayers, refuse_layers
 from compress.passes.tokens import Pyramid, Tokens, Withdraw, place
+from compress.passes.width import Width
 from compress.recipe import compress
+from compress.structure import units_of
+from compress.width_scores import entering, flap
 from probe.analysis.stats import bootstrap_mean
 from probe.errors import PassError
 from probe.example import Example
@@ -29,13 +34,14 @@ BEFORE = (
     "uniform",
 )  # methods before the decoder that are priced, where the model has what they need
 INSIDE = (0.125, 0.25, 0.5)  # shares of the depth at which tokens are dropped by the attention of the last word
+NARROW = (0.25, 0.5)  # shares of the neurons of one layer's feed-forward block that go
 Stopwatch = Callable[[Sequence[Pass]], float]  # steps -> time of reading a prompt, over the dense model's
 Interval = tuple[float, float, float]  # mean over examples, and the ends of its 95 % bootstrap interval; nats
 
 
 @dataclass(frozen=True, eq=False)
 class Price:
-    """A step by itself. `kind` is `remove`, `freeze`, `ffn` or `withdraw` at a layer, or `tokens` by a pass of its own."""
+    """A step by itself. `kind` is `remove`, `freeze`, `ffn`, `withdraw` or `narrow` (by a share) at a layer, or `tokens` by a pass of its own."""
 
     kind: str
     layer: int
@@ -45,6 +51,7 @@ class Price:
     time: float = (
         1.0  # measured time of reading a prompt with this step alone, over the dense model's; 1 where it was not measured
     )
+    share: float = 0.0  # of the layer's neurons, that goes
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,11 @@ def prices(
 ) -> Prices:  # fmt: skip
     """Measures every step alone on the examples, of which `batches` are the encoded ones and `clean` the dense model's last logits.
 
-    `evidence` may hold `withdrawal_kl` already, which is then not measured again. With a `stopwatch` every step is timed, of removed layers and skips
-    one in the middle for all.
+    `evidence` may hold `withdrawal_kl` already, which is then not measured again, and a `calibration` other than these examples. With a `stopwatch`
+    every step is timed, of removed layers, skips and narrower layers one in the middle for all.
     """
     found: dict[str, list[Price]] = {}
-    known: dict[str, Any] = dict(evidence)
+    known: dict[str, Any] = {"calibration": Calibration(tuple(examples)), **evidence}
     notes: list[str] = []
     last = subject.n_layers - 1
     kinds = ["remove", *(kind for kind in KINDS if kind != "remove" and _allowed(subject, skip(kind, (last,)), kind, notes))]
@@ -82,6 +89,9 @@ def prices(
         if "withdrawal_kl" not in known:
             known |= gather(subject, examples, ["withdrawal_kl"], seed)
         found["withdraw"] = _withdrawals(subject, known)
+    found["narrow"] = _narrowings(subject, known["calibration"], batches, clean, seed, notes, advance)
+    if stopwatch:
+        found["narrow"] = _timed(found["narrow"], subject.n_layers, stopwatch)
     found["tokens"] = _tokens(subject, batches, clean, seed, notes, advance)
     if stopwatch:
         found["withdraw"] = [replace(one, time=stopwatch([Withdraw(layer=one.layer)])) for one in found.get("withdraw", ())]
@@ -89,11 +99,11 @@ def prices(
     return Prices({kind: own for kind, own in found.items() if own}, known, tuple(dict.fromkeys(notes)))
 
 
-def stopwatch(subject: Subject, prompts: Sequence[Encoded], rounds: int) -> Stopwatch:
+def stopwatch(subject: Subject, prompts: Sequence[Encoded], rounds: int, evidence: Evidence) -> Stopwatch:
     """Times copies with some steps made in turns with the dense model: the median ratio of the time of reading a prompt."""
 
     def ratio_of(steps: Sequence[Pass]) -> float:
-        smaller = compress(subject, list(steps))
+        smaller = compress(subject, list(steps), evidence)
         try:
             found = take_turns({"dense": (subject, prompts), "this": (smaller, prompts)}, rounds, 1)
         finally:
@@ -108,6 +118,11 @@ def skip(kind: str, layers: Sequence[int]) -> Pass:
     if kind == "freeze":
         return find_pass("shortv").model_validate({"layers": tuple(layers)})
     return find_pass("skip").model_validate({"mode": "ffn", "rows": "perceptual", "layers": tuple(layers)})
+
+
+def narrow(shares: Sequence[float], **how: Any) -> Pass:
+    """The pass by which each layer loses a share of its neurons."""
+    return find_pass("width").model_validate({"neurons": tuple(shares), **how})
 
 
 def interval(each: np.ndarray, seed: int) -> Interval:
@@ -143,6 +158,40 @@ def _withdrawals(subject: Subject, known: Evidence) -> list[Price]:
         Price("withdraw", layer, (means[layer], ends["low"][layer], ends["high"][layer]))
         for layer in range(1, subject.n_layers) if _allowed(subject, Withdraw(layer=layer), "withdraw", [])
     ]  # fmt: skip
+
+
+def _narrowings(
+    subject: Subject, calibration: Calibration, batches: Sequence[Encoded], clean: Sequence[Tensor], seed: int, notes: list[str],
+    advance: Callable[[int], None],
+) -> list[Price]:  # fmt: skip
+    """Each layer without some of its neurons, those of the least FLAP score in the dense model; hidden while it runs."""
+    parts, reasons = units_of(subject, "neurons")
+    try:
+        if not parts:
+            raise PassError(f"no layer can lose neurons: {next(iter(reasons.values()))}")
+        scores = flap(parts, entering(subject, {"neurons": parts}, calibration)["neurons"])
+    except PassError as error:
+        notes.append(f"narrow: {error}")
+        return []
+    found = []
+    for layer, score in scores.items():
+        for share in NARROW:
+            gone = even({layer: score}, share, Width().round_to)
+            if gone[layer]:
+                damage = interval(hidden_damage(subject, "neurons", gone, batches, clean), seed)
+                found.append(Price("narrow", layer, damage, share=share))
+        advance(1)
+    return found
+
+
+def _timed(narrowings: Sequence[Price], n_layers: int, stopwatch: Stopwatch) -> list[Price]:
+    """One layer in the middle stands for all, share by share."""
+    took: dict[float, float] = {}
+    for share in {one.share for one in narrowings}:
+        layers = [one.layer for one in narrowings if one.share == share]
+        middle = layers[len(layers) // 2]
+        took[share] = stopwatch([narrow([share * (layer == middle) for layer in range(n_layers)])])
+    return [replace(one, time=took[one.share]) for one in narrowings]
 
 
 def _tokens(

@@ -65,11 +65,16 @@ def _blind(
         made = replace(made, tokens=Price("tokens", 0, (0.0, 0.0, 0.0), Tokens(method="random", budget=Budget(keep=share))))
     if draft.withdrawn < n_layers:
         made = replace(made, withdrawn=int(rng.choice([one.layer for one in prices["withdraw"]])))
-    steps = [(kind, one.layer) for kind in LAYERS if draft.layers(kind) for one in prices.get(kind, ())]
+    steps = [(kind, one.layer, 0.0) for kind in LAYERS if draft.layers(kind) for one in prices.get(kind, ())]
+    if draft.narrow:
+        steps += [("narrow", one.layer, one.share) for one in prices["narrow"]]
+        made = replace(made, score="random")
     for number in rng.permutation(len(steps)):
         if count(made) <= budget:
             return made
-        kind, layer = steps[number]
-        if layer not in made.removed:
+        kind, layer, share = steps[number]
+        if kind == "narrow":
+            made = made.narrowed(layer, max(share, dict(made.narrow).get(layer, 0.0)))
+        elif layer not in made.removed:
             made = made.on(kind, made.layers(kind) | {layer})
     return made if count(made) <= budget else None

@@ -8,6 +8,7 @@ import torch
 
 from compress import planning
 from compress.budget import Budget
+from compress.calibration import Calibration
 from compress.cost import mean_cost
 from compress.damage import layer_damage, step_damage
 from compress.drafts import Counter, Draft, cheapest, damage, steps
@@ -16,7 +17,7 @@ from compress.passes.layers import RemoveLayers
 from compress.passes.skips import ShortV, Skip
 from compress.passes.tokens import Pyramid, Tokens, Withdraw
 from compress.planning import plan
-from compress.prices import Price, prices
+from compress.prices import Price, narrow, prices
 from compress.recipe import compress, parse
 from compress.rivals import rivals
 from probe import load
@@ -62,6 +63,25 @@ def test_how_many_were_compared():
     assert len(compared) == 3 * sum(opened(family).n_layers for family in FAMILIES)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_price_of_a_narrower_layer_is_what_its_pass_does(family):
+    """Neurons silenced in the dense model against the pass that cuts them out."""
+    subject = opened(family)
+    examples = asked(subject)
+    batches = [subject.encode(one) for one in examples]
+    clean = [last_logits(subject, one) for one in batches]
+    evidence = {"calibration": Calibration(tuple(examples))}
+    found = prices(subject, examples, batches, clean, evidence, 0).of["narrow"]
+    assert len(found) == 2 * subject.n_layers
+    for one in found:
+        shares = [one.share * (layer == one.layer) for layer in range(subject.n_layers)]
+        each = step_damage(subject, [narrow(shares)], batches, clean, evidence=evidence)
+        assert one.damage[0] == pytest.approx(each.mean(), abs=1e-5, rel=1e-3)
+    assert max(one.damage[0] for one in found) > 1e-6
+    for batch, was in zip(batches, clean, strict=True):
+        assert torch.equal(last_logits(subject, batch), was)  # nothing stays silenced
+
+
 def test_steps_are_measured_and_taken_off_again():
     subject = opened("llava")
     batches = [subject.encode(asked(subject))]
@@ -80,7 +100,10 @@ def test_every_kind_of_step_has_prices_or_a_reason():
     batches = [subject.encode(examples)]
     clean = [last_logits(subject, one) for one in batches]
     found = prices(subject, examples, batches, clean, {}, 0)
-    assert set(found.of) == {"remove", "freeze", "ffn", "withdraw", "tokens"}
+    assert set(found.of) == {"remove", "freeze", "ffn", "withdraw", "tokens", "narrow"}
+    assert [(one.layer, one.share) for one in found.of["narrow"]] == [
+        (i, s) for i in range(subject.n_layers) for s in (0.25, 0.5)
+    ]
     assert [one.layer for one in found.of["withdraw"]] == list(range(1, subject.n_layers))
     assert all(one.damage[1] <= one.damage[0] <= one.damage[2] for own in found.of.values() for one in own)
     given = prices(subject, examples, batches, clean, {"withdrawal_kl": [9.0] * subject.n_layers}, 0)
@@ -89,7 +112,7 @@ def test_every_kind_of_step_has_prices_or_a_reason():
     batches = [crossed.encode(asked(crossed))]
     found = prices(crossed, asked(crossed), batches, [last_logits(crossed, one) for one in batches], {}, 0)
     assert "tokens" not in found.of
-    assert {note.split(":")[0] for note in found.notes} >= {"freeze", "withdraw", "tokens"}
+    assert {note.split(":")[0] for note in found.notes} >= {"freeze", "withdraw", "tokens", "narrow"}
 
 
 @cache
@@ -107,6 +130,8 @@ DRAFTS = {
     "ffn": lambda n: Draft(n, ffn=frozenset(range(n))),
     "tokens": lambda n: Draft(n, Price("tokens", 0, (0, 0, 0), Tokens(method="uniform", budget=Budget(keep=0.5)))),
     "pyramid": lambda n: Draft(n, Price("tokens", 0, (0, 0, 0), Pyramid(method="aim", at=(2.0, 3.0), keep=(0.5, 0.25)))),
+    "narrow": lambda n: Draft(n, narrow=frozenset({(0, 0.5), (n - 1, 0.25)}), score="magnitude"),
+    "narrow and out of the way": lambda n: Draft(n - 1, removed=frozenset({1}), ffn=frozenset({0}), narrow=frozenset({(0, 0.5), (1, 0.25)}), score="magnitude"),
     "together": lambda n: Draft(
         n - 1, Price("tokens", 0, (0, 0, 0), Tokens(method="uniform", budget=Budget(keep=0.5))), frozenset({1}), frozenset({0, 2}),
     ),
@@ -146,6 +171,9 @@ def test_layers_are_numbered_anew_after_some_have_gone():
     assert found[1].layers == (0, 1)  # 0 and 3
     assert found[2].layer == 1  # 3
     assert found[3].layer == 2  # 4
+    narrower = steps(Draft(n, removed=frozenset({1, 2}), narrow=frozenset({(1, 0.5), (3, 0.25)})), n)
+    assert [one.title for one in narrower] == ["remove-layers", "width"]
+    assert narrower[1].neurons == (0.0, 0.25, 0.0, 0.0)  # 3; what is gone is not narrowed
     parse({"passes": [{one.title: one.model_dump(mode="json", exclude_defaults=True)} for one in found]})
 
 
@@ -168,6 +196,21 @@ def test_of_equal_savings_the_least_damage_is_taken(seed, budget):
     assert damage(draft, table) == pytest.approx(best)
 
 
+def test_a_layer_is_narrowed_once_by_what_is_worth_most():
+    """Half of layer 0 does less than a quarter of layer 1: of what meets the budget, the least damage, whichever came first."""
+    harm = {(0, 0.25): 0.1, (0, 0.5): 0.3, (1, 0.25): 0.4, (1, 0.5): 2.0}
+    table = {"narrow": [Price("narrow", layer, (d, d, d), share=share) for (layer, share), d in harm.items()]}
+
+    def cost(draft):
+        return 1 - sum(share for _, share in draft.narrow) / 4
+
+    for budget, best in ((0.94, {(0, 0.25)}), (0.88, {(0, 0.5)}), (0.82, {(0, 0.5), (1, 0.25)})):
+        draft = cheapest(table, ("narrow",), cost, 2, budget)
+        assert draft.narrow == best
+        assert damage(draft, table) == pytest.approx(sum(harm[one] for one in best))
+    assert cheapest(table, ("narrow",), cost, 2, 0.7) is None
+
+
 def test_what_cannot_be_met_is_none():
     table = {"remove": [Price("remove", layer, (0.1, 0.0, 1.0)) for layer in range(6)]}
     assert cheapest(table, ("remove",), flat, 6, 0.1) is None
@@ -186,7 +229,7 @@ def made(budget):
 def test_a_plan_meets_its_budget_and_says_why(budget):
     subject, found = opened("llava"), made(budget)
     prompts = [subject.encode(example) for example in asked(subject)]
-    smaller = compress(subject, found.recipe)
+    smaller = compress(subject, found.recipe, found.evidence)
     share = mean_cost(smaller, prompts)
     dense = mean_cost(subject, prompts)
     smaller.detach()
@@ -194,7 +237,7 @@ def test_a_plan_meets_its_budget_and_says_why(budget):
     assert found.choices
     assert all("nats" in one.why and one.saves > -1e-9 for one in found.choices)
     assert found.tried[0].measured[0] == min(one.measured[0] for one in found.tried)
-    each = step_damage(subject, found.recipe.passes, [subject.encode(asked(subject))])
+    each = step_damage(subject, found.recipe.passes, [subject.encode(asked(subject))], evidence=found.evidence)
     assert found.tried[0].measured[0] == pytest.approx(float(each.mean()), abs=1e-5)
     assert parse_text(found.recipe.dumped()).passes == found.recipe.passes
 
@@ -209,7 +252,7 @@ def test_a_budget_of_time_is_met_by_what_a_stopwatch_says(monkeypatch):
     """A stopwatch that knows layers alone: each that goes saves a fifth, and nothing else saves anything."""
     subject = opened("llava")
 
-    def watch(subject, prompts, rounds):
+    def watch(subject, prompts, rounds, evidence):
         return lambda steps: 1 - 0.2 * sum(len(one.layers) for one in steps if isinstance(one, RemoveLayers))
 
     monkeypatch.setattr(planning, "stopwatch", watch)
@@ -247,6 +290,14 @@ def test_what_is_drawn_has_the_kinds_of_the_plan_and_meets_its_budget():
         sets = {step.title: set(step.layers) for step in one.passes}
         assert set(sets) <= {"remove-layers", "shortv"}
         assert 1 - 0.1 * len(sets.get("remove-layers", ())) - 0.05 * len(sets.get("shortv", ())) <= cost(draft) + 1e-9
+    table = {"narrow": [Price("narrow", layer, (1.0, 1.0, 1.0), share=share) for layer in range(8) for share in (0.25, 0.5)]}
+    found = rivals(
+        Draft(8, narrow=frozenset({(0, 0.5), (1, 0.5)})), table, lambda one: 1 - sum(s for _, s in one.narrow) / 8, 8, 0.875, 0
+    )
+    assert len(found) == 3
+    for one in found:
+        assert [(step.title, step.score) for step in one.passes] == [("width", "random")]
+        assert sum(one.passes[0].neurons) >= 1
 
 
 @pytest.mark.parametrize(

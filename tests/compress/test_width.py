@@ -172,6 +172,9 @@ def test_costs_are_those_of_what_is_left(family):
         ("llava", {"share": 0.2}, "only the score flap compares heads with neurons"),
         ("llava", {"heads": 0.4}, "0.4 of 2 head groups in a layer is less than one"),
         ("llava", {"neurons": 0.1}, "0.1 of 64 neurons in a layer is less than one, and 8 stay together"),
+        ("llava", {"neurons": (0.5, 0.0)}, "neurons has 2 shares and the model 4 layers"),
+        ("llava", {"neurons": (0.5, 0.0, 0.0, 0.0), "allocation": "global"}, "leaves nothing to allocate"),
+        ("llava", {"neurons": (0.5, 0.0, 0.0, 1.0)}, "neurons is the share that is removed"),
         ("llava", {"neurons": 0.5, "round_to": 0}, "multiples of round_to, 1 or more: 0 is not"),
         ("llava", {"neurons": 0.5, "simulated": True, "compensate": True}, "hides units and gives no bias"),
         ("llava", {"neurons": 0.5, "score": "flap"}, "needs evidence 'calibration'"),
@@ -270,3 +273,14 @@ def test_what_is_recorded_of_layers_that_differ_in_heads():
     assert trace(smaller, encoded("llava"), [Mass(layers=whole)])["mass"].tensor.shape[2] == 4
     with pytest.raises(EditError, match="head 3 does not exist: the model has heads 0 to 1"):
         trace(smaller, encoded("llava"), [], [Knockout("last", "image", heads=[3])])
+
+
+def test_each_layer_may_lose_a_share_of_its_own(toy):
+    subject = toy("llava")
+    changes = Width(score="magnitude", neurons=(0.5, 0.0, 0.25, 0.0)).plan(subject, {})
+    whole = Width(score="magnitude", neurons=0.5).plan(subject, {})
+    assert {layer: len(gone) for layer, gone in changes[0].units.items()} == {0: 32, 2: 16}
+    assert changes[0].units[0] == whole[0].units[0]  # those that go of this layer where all lose as much
+    assert Width(neurons=(0.0, 0.0, 0.0, 0.0)).plan(subject, {}) == []
+    assert Width(neurons=(0.0, 0.0, 0.0, 0.0)).asks() == ()
+    assert Width(neurons=(0.0, 0.5, 0.0, 0.0)).asks() == ("calibration",)

@@ -60,6 +60,7 @@ def test_it_says_what_was_asked(run):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_asking_again_gives_the_same_bytes(run):
     folder, _, asked = run
     parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
@@ -86,7 +87,16 @@ def test_batches_change_nothing(tmp_path):
     assert found[0]["correlation"] is None
 
 
-@pytest.mark.parametrize("family", ["qwen2_audio", "mllama", "qwen3_5", "blip2", "gemma4"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_audio",
+        "mllama",
+        "qwen3_5",
+        pytest.param("blip2", marks=pytest.mark.slow),
+        pytest.param("gemma4", marks=pytest.mark.slow),
+    ],
+)
 def test_it_runs_on_other_architectures(toy, tmp_path, family):
     subject = toy(family)
     examples = toys.pair(subject)

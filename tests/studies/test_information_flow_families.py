@@ -20,7 +20,7 @@ def asked(subject):
     return Data("pair", tuple(made), "1")
 
 
-@pytest.mark.parametrize("family", ["mllama", "qwen3_vl", "qwen2_audio"])
+@pytest.mark.parametrize("family", ["mllama", "qwen3_vl", pytest.param("qwen2_audio", marks=pytest.mark.slow)])
 def test_replay_gives_what_the_naive_loop_gives(toy, tmp_path, family):
     subject = toy(family)
     fast, slow = (

@@ -143,7 +143,7 @@ def asked(subject, tmp_path, answers=("yes", "no"), seeds=(0, 5), **more):
     return load_data(str(path))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "mllama"])
 def test_any_pairs_by_their_tags(toy, tmp_path, family):
     subject = toy(family)
     data = asked(subject, tmp_path)

@@ -62,6 +62,7 @@ def test_it_says_what_was_asked(run):
     assert "permuted" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_asking_again_gives_the_same_bytes(run):
     folder, _, words = run
     parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
@@ -88,7 +89,15 @@ def test_batches_and_padding_change_nothing(stranger, tmp_path):
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "paligemma", "qwen2_audio"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("llava", marks=pytest.mark.slow),
+        "qwen2_vl",
+        "paligemma",
+        pytest.param("qwen2_audio", marks=pytest.mark.slow),
+    ],
+)
 def test_it_runs_on_other_architectures(toy, tmp_path, family):
     subject = toy(family)
     data = Data("toys", tuple(asked(subject)), "t")
