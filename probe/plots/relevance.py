@@ -14,6 +14,7 @@ from probe.plots.style import COLOURS
 from probe.tokens import Grid
 
 Summary = Mapping[str, Any]
+INTERVALS = "95 % bootstrap intervals over examples"
 
 
 def mass(summary: Summary) -> Pair:
@@ -24,7 +25,9 @@ def mass(summary: Summary) -> Pair:
     series: list[Series] = [("the object", own, COLOURS[0])]
     if other:
         series.append(("the mirrored box", other, GREY))
-    return panels.values([("Pointing at the object", series)], "share of relevance beyond the area", line=0.0)
+    counted = max((one["n"] for one in own.values()), default=0)
+    drawn = panels.values([("Pointing at the object", series)], "share of relevance beyond the area", line=0.0)
+    return panels.noted(drawn, f"n = {counted} with an object; bars: {INTERVALS}")
 
 
 def deletion(summary: Summary) -> Pair:
@@ -40,7 +43,8 @@ def deletion(summary: Summary) -> Pair:
         drawn.append(
             (f"{order.capitalize()} first", [*lines, ("random", _line([found["random"][str(s)] for s in shares]), GREY, True)])
         )
-    return panels.curves(drawn, [percent, percent], "percent taken away", "drop of p(answer)")
+    pair = panels.curves(drawn, [percent, percent], "percent taken away", "drop of p(answer)")
+    return panels.noted(pair, f"n = {summary['n']}; bands: {INTERVALS}")
 
 
 def _line(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -55,9 +59,10 @@ def segments(summary: Summary) -> Pair:
         [np.nan if each.get(name, {}).get("value") is None else each[name]["value"] for name in names]
         for each in found.values()
     ]
-    return panels.tables(
+    pair = panels.tables(
         ["Where relevance lies"], [table], list(found), names, (0.0, 1.0), "Blues", "share of positive relevance"
     )
+    return panels.noted(pair, f"n = {summary['n']}, means")
 
 
 def over_picture(
