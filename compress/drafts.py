@@ -33,6 +33,7 @@ class Draft:
     ffn: frozenset[int] = frozenset()
     narrow: frozenset[tuple[int, float]] = frozenset()  # a layer, and the share of its neurons that goes
     score: str = "flap"  # which neurons these are
+    seed: int = 0  # of neurons drawn at random
 
     def narrowed(self, layer: int, share: float) -> "Draft":
         """The draft with another share of a layer's neurons gone (0: none)."""
@@ -47,7 +48,7 @@ class Draft:
         """The draft with one kind of step at these layers."""
         match kind:
             case "remove":
-                return replace(self, removed=layers)
+                return replace(self, removed=layers, narrow=frozenset(one for one in self.narrow if one[0] not in layers))
             case "freeze":
                 return replace(
                     self, frozen=layers, ffn=self.ffn - layers
@@ -102,7 +103,7 @@ class Counter:
     def __init__(self, subject: Subject, prompts: Sequence[Encoded]) -> None:
         self.cross = subject.anatomy.cross
         self.sizes: list[LayerSize] = layer_sizes(subject)
-        self.neurons = {layer: one.count for layer, one in units_of(subject, "neurons")[0].items()}
+        self.neurons = units_of(subject, "neurons")[0]
         alike: dict[Any, list[Prompt]] = {}
         for one in (Prompt.of(subject, encoded) for encoded in prompts):
             alike.setdefault((one.text, one.media, one.dense.total_macs), []).append(one)
@@ -138,8 +139,9 @@ class Counter:
         if not share:
             return size
         if (layer, share) not in self.narrower:
-            count = self.neurons[layer]
-            self.narrower[layer, share] = replace(size, ffn=size.ffn * left_of(count, share, Width().round_to) / count)
+            units = self.neurons[layer]
+            gone = units.count - left_of(units.count, share, Width().round_to)
+            self.narrower[layer, share] = replace(size, ffn=size.ffn - gone * units.weights)
         return self.narrower[layer, share]
 
 
@@ -233,7 +235,7 @@ def _moves(draft: Draft, prices: Mapping[str, Sequence[Price]], kinds: Sequence[
         moves += [replace(draft, tokens=one) for one in prices["tokens"] if one is not draft.tokens]
     if "remove" in kinds and len(draft.removed) < n_layers // 2:
         free = [one.layer for one in prices["remove"] if one.layer not in draft.removed]
-        moves += [replace(draft, removed=draft.removed | {layer}) for layer in free]
+        moves += [draft.on("remove", draft.removed | {layer}) for layer in free]
     if "narrow" in kinds:
         shares = dict(draft.narrow)
         moves += [
@@ -260,7 +262,7 @@ def steps(draft: Draft, n_layers: int) -> list[Pass]:
         found.append(find_pass("remove-layers").model_validate({"layers": tuple(sorted(draft.removed))}))
     shares = dict(draft.narrow)
     if any(layer in shares for layer in left):
-        found.append(narrow([shares.get(layer, 0.0) for layer in left], score=draft.score))
+        found.append(narrow([shares.get(layer, 0.0) for layer in left], score=draft.score, seed=draft.seed))
     for kind, layers in (("ffn", draft.ffn), ("freeze", draft.frozen)):
         own = tuple(now(layer) for layer in sorted(layers - draft.removed) if layer < draft.withdrawn)
         found += [skip(kind, own)] if own else []

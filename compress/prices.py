@@ -22,7 +22,7 @@ from compress.recipe import compress
 from compress.structure import units_of
 from compress.width_scores import entering, flap
 from probe.analysis.stats import bootstrap_mean
-from probe.errors import PassError
+from probe.errors import PassError, ReplayError
 from probe.example import Example
 from probe.subject import Encoded, Subject
 
@@ -170,7 +170,7 @@ def _narrowings(
         if not parts:
             raise PassError(f"no layer can lose neurons: {next(iter(reasons.values()))}")
         scores = flap(parts, entering(subject, {"neurons": parts}, calibration)["neurons"])
-    except PassError as error:
+    except (PassError, ReplayError) as error:  # an example whose answer cannot follow its prompt is no calibration
         notes.append(f"narrow: {error}")
         return []
     found = []

@@ -68,7 +68,7 @@ def _blind(
     steps = [(kind, one.layer, 0.0) for kind in LAYERS if draft.layers(kind) for one in prices.get(kind, ())]
     if draft.narrow:
         steps += [("narrow", one.layer, one.share) for one in prices["narrow"]]
-        made = replace(made, score="random")
+        made = replace(made, score="random", seed=int(rng.integers(2**31)))
     for number in rng.permutation(len(steps)):
         if count(made) <= budget:
             return made

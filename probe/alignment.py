@@ -232,24 +232,28 @@ class Reader:
 
     def _sites(self, found: Reading) -> None:
         for site in self.means[0]:
-            layers = list(self.means[0][site])
-            p, t = (torch.stack(list(_gathered(means)[site].values())) for means in self.means)
-            found.sites.setdefault("matched", {})[site] = dict(zip(layers, cosine(p, t).tolist(), strict=True))
+            p, t = (_gathered(means)[site] for means in self.means)
+            layers = list(p)
+            own = torch.stack([cosine(p[layer], t[layer]) for layer in layers])  # one by one: inner widths may differ
+            found.sites.setdefault("matched", {})[site] = dict(zip(layers, own.tolist(), strict=True))
             if self.others and site in self.anchors.means:
-                apart = self._cosines(p, [self.anchors.means[site][layer] for layer in layers])
+                apart = self._cosines(list(p.values()), [self.anchors.means[site][layer] for layer in layers])
                 found.sites.setdefault("unmatched", {})[site] = dict(zip(layers, apart, strict=True))
 
     def _apart(self, found: Reading, p: Tensor) -> None:
         """The unmatched pairing: `avg` over all anchors, where the other modes have two."""
         means = [self.anchors.means["in"][0], *self.anchors.means["out"].values()]
         found.similar["unmatched"] = _columns(MODES, self.unmatched) if self.unmatched else {}
-        found.similar["unmatched"]["avg"] = self._cosines(p, means)
-        found.from_input["unmatched"] = self._cosines(p[:1].expand(len(p), -1), means)
+        found.similar["unmatched"]["avg"] = self._cosines(list(p), means)
+        found.from_input["unmatched"] = self._cosines([p[0]] * len(means), means)
 
-    def _cosines(self, p: Float[Tensor, "row width"], means: Sequence[Sequence[Tensor]]) -> list[float]:
-        """Each row's mean cosine with the anchors that are not this example."""
-        others = torch.stack([torch.stack([row[j] for j in self.others]).to(p.device) for row in means])
-        return [float(x) for x in (others @ unit(p)[..., None]).squeeze(-1).mean(1).tolist()]
+    def _cosines(self, states: Sequence[Tensor], means: Sequence[Sequence[Tensor]]) -> list[float]:
+        """Each state's mean cosine with the anchors that are not this example."""
+        found = [
+            (torch.stack([row[j] for j in self.others]).to(state.device) @ unit(state)).mean()
+            for state, row in zip(states, means, strict=True)
+        ]
+        return [float(x) for x in torch.stack(found).tolist()]
 
 
 def _gathered(means: dict[str, dict[int, Tensor]]) -> dict[str, dict[int, Tensor]]:

@@ -320,7 +320,7 @@ def compress(
         asked = asked or (made.recipe if made else None)
         assert asked is not None
         bench = Bench(subject, found, batch, rounds, tokens, seed=seed)
-        result = make(subject, asked, bench, folder, quiet, gather(subject, asked, examples, seed))
+        result = make(subject, asked, bench, folder, quiet, made.evidence if made else gather(subject, asked, examples, seed))
         if made:
             (folder / "recipe.yaml").write_text(made.recipe.dumped())
             (folder / "plan.md").write_text(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def set_apart(data: Data, source: str = "") -> tuple[Data, tuple[Example, ...], 
     if not source:
         asked, examples = apart(data, APART)
         return asked, examples, f"{len(examples)} other {'scenes' if data.name in TELLINGS else 'examples'} of {data.name}"
+    own = int(data.fingerprint.rsplit(":", 1)[1]) if data.name in TELLINGS else 0
     measured = {_content(one) for one in data.examples}
-    found = load_data(source, APART).examples
+    found = load_data(source, APART, seed=own + 1000).examples  # of the bundled world other scenes, as `apart` has it
     examples = tuple(one for one in found if _content(one) not in measured)
     if not examples:
         raise StudyError(f"{source} has nothing but the questions that are measured: name other data with --evidence-data")
@@ -39,7 +41,14 @@ def set_apart(data: Data, source: str = "") -> tuple[Data, tuple[Example, ...], 
 
 def _content(example: Example) -> tuple[Any, ...]:
     """What is asked of what, whatever its id."""
-    return (example.prompt, example.context, example.answer, example.regions, tuple(sorted(example.tags.items())))
+    media = tuple(_medium(one) for kind in example.media.values() for one in kind)
+    words = (example.prompt, example.context, example.options, example.suffix, example.answer)
+    return (*words, media, example.regions, tuple(sorted(example.tags.items())))
+
+
+def _medium(medium: Any) -> str:
+    """A medium by its content where it is in memory, else by its place, or by what it is made from."""
+    return sha256(medium.tobytes()).hexdigest() if hasattr(medium, "tobytes") else repr(medium)
 
 
 def planned(

@@ -49,8 +49,8 @@ class Width(Pass):
         parts = {kind: _units(subject, kind) for kind, share in self._shares().items() if most(share)}
         if not parts:
             return []
-        moments = self._moments(subject, parts, evidence)
         self._refuse_layers(subject, parts)
+        moments = self._moments(subject, parts, evidence)
         gone = self._gone(parts, self._scores(subject, parts, moments, evidence))
         if self.simulated:
             return [HideUnits(of=kind, units=units) for kind, units in gone.items() if units]
@@ -60,7 +60,7 @@ class Width(Pass):
         ]
 
     def _shares(self) -> dict[Kind, float | tuple[float, ...]]:
-        return {"heads": self.heads or self.share, "neurons": self.neurons or self.share}
+        return {"heads": self.heads or self.share, "neurons": self.neurons if most(self.neurons) else self.share}
 
     def _refuse(self) -> None:
         every = self.neurons if isinstance(self.neurons, tuple) else (self.neurons,)

@@ -76,8 +76,8 @@ def test_the_price_of_a_narrower_layer_is_what_its_pass_does(family):
     for one in found:
         shares = [one.share * (layer == one.layer) for layer in range(subject.n_layers)]
         each = step_damage(subject, [narrow(shares)], batches, clean, evidence=evidence)
-        assert one.damage[0] == pytest.approx(each.mean(), abs=1e-5, rel=1e-3)
-    assert max(one.damage[0] for one in found) > 1e-6
+        assert one.damage[0] == pytest.approx(each.mean(), abs=1e-7, rel=1e-3)
+    assert max(one.damage[0] for one in found) > 1e-4
     for batch, was in zip(batches, clean, strict=True):
         assert torch.equal(last_logits(subject, batch), was)  # nothing stays silenced
 

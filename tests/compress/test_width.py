@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress import saving
 from compress.budget import Budget
+from compress.calibration import Calibration
 from compress.cost import cost
 from compress.passes.layers import RemoveLayers
 from compress.passes.removal import HideUnits, RemoveHeads, RemoveNeurons
@@ -282,5 +283,9 @@ def test_each_layer_may_lose_a_share_of_its_own(toy):
     assert {layer: len(gone) for layer, gone in changes[0].units.items()} == {0: 32, 2: 16}
     assert changes[0].units[0] == whole[0].units[0]  # those that go of this layer where all lose as much
     assert Width(neurons=(0.0, 0.0, 0.0, 0.0)).plan(subject, {}) == []
+    both = Width(score="flap", share=0.3, neurons=(0.0,) * 4).plan(
+        subject, {"calibration": Calibration(tuple(toys.pair(subject)))}
+    )
+    assert {change.of if hasattr(change, "of") else change.kind for change in both} >= {"neurons"}
     assert Width(neurons=(0.0, 0.0, 0.0, 0.0)).asks() == ()
     assert Width(neurons=(0.0, 0.5, 0.0, 0.0)).asks() == ("calibration",)

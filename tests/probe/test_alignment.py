@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from probe import Example, Residual, trace
+from probe import Example, Residual, load, trace
 from probe.alignment import INTERVALS, WORDS, gather_anchors, read_alignment, sides_of
 from probe.analysis import alignment as ima
 from probe.analysis.overlap import chance_iou, iou, wanda_kept
@@ -180,6 +180,27 @@ def test_a_reading_is_what_the_hidden_states_say(toy, family, side):
         assert set(reading.drift["perceptual"]) == {n for n in INTERVALS if n <= subject.n_layers}
         assert len(reading.words["same"]["js_of_means"]) == len(ima.layers_for_vocabulary(subject.n_layers + 1))
         assert max(reading.words["same"]["js_of_means"]) <= np.log(2) + 1e-6
+
+
+def test_layers_may_have_inner_widths_of_their_own():
+    """What enters the last map of a narrower feed-forward block is compared within its layer."""
+    model, processor = toys.build("llava")
+    mlp = model.model.language_model.layers[1].mlp
+    mlp.down_proj = torch.nn.Linear(24, mlp.down_proj.out_features, bias=False)
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, torch.nn.Linear(mlp.down_proj.out_features, 24, bias=False))
+    subject = load((model, processor))
+    examples, seen = toys.pair(subject), {}
+    encoded = subject.encode(examples)
+    sides = [sides_of(m, e, "image") for m, e in zip(encoded.maps, examples, strict=True)]
+    found = read_alignment(subject, encoded, sides, gather_anchors(subject, examples, "image"))
+    with watching(subject, lambda site, layer, state: seen.__setitem__(layer, state.clone()), ["fc1"]):
+        last_logits(subject, encoded)
+    assert len({state.shape[-1] for state in seen.values()}) == 2
+    t = [seen[1][i, torch.from_numpy(side.textual)].double().numpy().mean(0) for i, side in enumerate(sides)]
+    p = seen[1][0, torch.from_numpy(sides[0].perceptual)].double().numpy().mean(0)
+    assert found[0].sites["matched"]["fc1"][1] == pytest.approx(oracle.cos(p, t[0]), abs=2e-5)
+    assert found[0].sites["unmatched"]["fc1"][1] == pytest.approx(oracle.cos(p, t[1]), abs=2e-5)
 
 
 def hidden(subject, example):

@@ -16,7 +16,7 @@ from probe.errors import StudyError
 from studies import planning
 from studies.cli import app
 from studies.data import Data, load_data
-from studies.planning import evidence_of, set_apart
+from studies.planning import _content, evidence_of, set_apart
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,24 @@ def test_evidence_comes_from_other_scenes():
     assert whence == "64 examples of demo"
 
 
-def test_no_question_that_is_measured_gives_evidence():
+def test_no_question_that_is_measured_gives_evidence(tmp_path):
     demo = load_data("demo", 64)
+    _, named, _ = set_apart(demo, "demo")
+    assert list(map(_content, named)) == list(map(_content, set_apart(demo)[1]))  # other scenes, whether they are named or not
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"id": f"q{i}", "prompt": f"is {i} even ?", "answer": "yes"}) + "\n" for i in range(6)))
+    mine = load_data(str(path))
     with pytest.raises(StudyError, match="nothing but the questions that are measured"):
-        set_apart(demo, "demo")
-    _, rest, whence = set_apart(replace(demo, examples=demo.examples[:60]), "demo")
-    assert [e.id for e in rest] == [e.id for e in demo.examples[60:]]
-    assert whence == "4 examples of demo"
+        set_apart(mine, str(path))
+    _, rest, whence = set_apart(replace(mine, examples=mine.examples[:4]), str(path))
+    assert [e.id for e in rest] == ["q4", "q5"]
+    assert whence == f"2 examples of {path}"
+    shown = replace(
+        demo, examples=tuple(replace(e, prompt="what is it ?", answer="x", regions=(), tags={}) for e in demo.examples[:9])
+    )
+    assert (
+        len({_content(e) for e in shown.examples}) == len({repr(e.images[0]) for e in shown.examples}) > 1
+    )  # pictures tell them apart
     own = Data("mine.jsonl", demo.examples[:5], "x")
     asked, examples, whence = set_apart(own)
     assert [e.id for e in asked.examples] == [demo.examples[i].id for i in (0, 2, 4)]
