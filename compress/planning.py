@@ -25,7 +25,7 @@ from probe.example import Example
 from probe.subject import Encoded, Subject
 from probe.tracing import last_logits
 
-MOST = 64  # examples that a plan rests on, drawn where there are more
+MOST = 64  # examples that a plan rests on, drawn where there are more; no fewer than studies set apart, so that calibration has the same
 SLACK = 1.02  # a measured time may lie so far above the budget
 VERIFIED = 6  # drafts that are applied and measured
 PROMPTS = 8  # prompts whose cost is counted

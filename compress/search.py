@@ -6,6 +6,7 @@ A recipe becomes a space where a value is `{low: 1, high: 8}` (whole numbers whe
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,15 @@ class Space:
                 place = place[part]
             place[one.path[-1]] = values[one.name]
         return parse(text, self.where)
+
+    def asks(self) -> tuple[str, ...]:
+        """The evidence that passes ask for with every free value at its first, or every one at its last."""
+        ends = ({one.name: (one.choices or (one.low, one.high))[end] for one in self.free} for end in (0, -1))
+        recipes = []
+        for values in ends:
+            with suppress(RecipeError):
+                recipes.append(self.recipe(values))
+        return tuple(dict.fromkeys(name for recipe in recipes for one in recipe.passes for name in one.asks()))
 
     def suggested(self, trial: Any) -> dict[str, Any]:
         return {one.name: one.suggested(trial) for one in self.free}

@@ -69,7 +69,7 @@ def before_after(
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(setting.data), "batch": setting.batch,
         "width": width, "max_new_tokens": max_new_tokens, "seed": setting.seed, "padding": setting.padding, "before": describe(before),
-        "steps": [{"title": step.title, "settings": dict(step.settings)} for step in after.ledger],
+        "steps": [{"title": step.title, "settings": dict(step.settings), "evidence": dict(step.evidence)} for step in after.ledger],
     }  # fmt: skip
     run = Run.open(setting.out, "before-after", config, describe(after), SCHEMA)
     numbers = {"before": list(range(before.n_layers)), "after": layers_left(after)}

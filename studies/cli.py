@@ -22,6 +22,7 @@ app = typer.Typer(
     help="See how a multimodal language model uses what it is shown.",
 )  # fmt: skip
 
+EVIDENCE_DATA = "data that plans and calibration rest on (default: other scenes of the demo; of other data every second example, 64 at most)"
 Model = Annotated[str, typer.Option("--model", "-m", help="demo, demo:NAME, a folder, or a hub id")]
 DataName = Annotated[str, typer.Option("--data", "-d", help="demo, demo:text, a .jsonl, or a folder that datasets saved")]
 Limit = Annotated[int | None, typer.Option("--limit", "-n", help="at most this many examples")]
@@ -286,7 +287,7 @@ def compress(
     budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's cost that reading a prompt may take")] = 0.6,
     cost: Annotated[Literal["flops", "time"], typer.Option(help="with --plan: FLOPs, or the time that this machine takes")] = "flops",
     run: Annotated[list[Path] | None, typer.Option(help="with --plan: a run of information-flow or implicit-alignment to read; repeat it")] = None,
-    evidence_data: Annotated[str, typer.Option(help="data that plans and calibration rest on (default: other scenes of the demo, or half of the data)")] = "",
+    evidence_data: Annotated[str, typer.Option(help=EVIDENCE_DATA)] = "",
     model: Model = "demo", data: DataName = "demo", limit: Limit = 64, out: Out = None, batch: Batch = 8, rounds: Rounds = 12,
     tokens: Tokens = 8, columns: Columns = None, seed: Seed = 0, device: Device = None, dtype: Dtype = None, trust_remote_code: Trust = False,
     as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
@@ -349,6 +350,7 @@ def search(
     model: Model = "demo", data: DataName = "demo", limit: Limit = None,
     cost: Annotated[Literal["flops", "prefill", "answer"], typer.Option(help="what is to be low while accuracy is high")] = "flops",
     trials: Annotated[int, typer.Option(min=1, help="how many points are tried, those of an earlier call included")] = 24,
+    evidence_data: Annotated[str, typer.Option(help=EVIDENCE_DATA)] = "",
     batch: Batch = 8, rounds: Rounds = 12, tokens: Tokens = 8, columns: Columns = None, out: Out = None, seed: Seed = 0, device: Device = None,
     dtype: Dtype = None, trust_remote_code: Trust = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -362,10 +364,18 @@ def search(
             raise StudyError(f"--cost {cost} is measured: --rounds must be at least 1")
         found = _load_data(data, limit, columns, seed)
         subject = _load(model, device, dtype, None, trust_remote_code)
+        from compress.evidence import gather
         from studies.bench import Bench
+        from studies.planning import set_apart
         from studies.search import explore
 
-        result = explore(asked, Bench(subject, found, batch, rounds, tokens, seed=seed), out, trials, cost, quiet)
+        evidence, whence = None, ""
+        if names := asked.asks():
+            found, examples, whence = set_apart(found, evidence_data)
+            evidence = gather(subject, examples, names, seed)
+        result = explore(
+            asked, Bench(subject, found, batch, rounds, tokens, seed=seed), out, trials, cost, quiet, evidence, whence
+        )
         _say(result, as_json, lambda: f"on the frontier: {', '.join(result['frontier'])}\nreport: {result['run']}/report.md")
 
 

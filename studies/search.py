@@ -34,12 +34,17 @@ def baselines(shares: tuple[float, ...] = SHARES) -> list[Configuration]:
 
 
 def explore(
-    space: Space, bench: Bench, out: Path | None, trials: int, cost: Cost, quiet: bool, evidence: Evidence | None = None
+    space: Space, bench: Bench, out: Path | None, trials: int, cost: Cost, quiet: bool, evidence: Evidence | None = None,
+    whence: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Searches a space; `run n refused points frontier`. Killed and asked again with the same `out`, it goes on."""
+    """Searches a space; `run n refused points frontier`. Killed and asked again with the same `out`, it goes on.
+
+    `evidence` is what the space's passes ask for, and `whence` says where it comes from: a run is continued with the same.
+    """
     config = {
         "space": json.loads(json.dumps(space.text, default=str)), "data": bench.data.name, "fingerprint": bench.data.fingerprint,
         "examples": len(bench.data), "cost": cost, "rounds": bench.rounds, "tokens": bench.tokens, "seed": bench.seed,
+        "evidence": whence,
     }  # fmt: skip
     run = Run.open(out, "search", config, describe(bench.dense), SCHEMA)
     with run.recorded(), progress("searching", trials, quiet, "points") as advance:

@@ -156,6 +156,19 @@ def test_a_draft_costs_what_the_compressed_model_costs(family):
     assert count(Draft(subject.n_layers)) == pytest.approx(1.0, abs=1e-9)
 
 
+def test_a_narrower_layer_saves_its_neurons_and_nothing_else():
+    """Where a layer has other maps beside its neurons: those of a mixer without attention stay as they are."""
+    subject = opened("qwen3_5")
+    prompts = [subject.encode(example) for example in asked(subject)]
+    assert subject.anatomy.attention[0] is None
+    draft = Draft(subject.n_layers, narrow=frozenset({(0, 0.5)}), score="magnitude")
+    smaller = compress(subject, steps(draft, subject.n_layers))
+    left, dense = ([mean_cost(one, [prompt]).macs for prompt in prompts] for one in (smaller, subject))
+    expected = np.mean([a / b for a, b in zip(left, dense, strict=True)])
+    assert expected < 0.999
+    assert Counter(subject, prompts)(draft) == pytest.approx(expected, abs=1e-6)
+
+
 def test_layers_are_numbered_anew_after_some_have_gone():
     n = 6
     draft = Draft(

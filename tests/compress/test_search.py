@@ -19,6 +19,15 @@ def space(text=TEXT):
     return parse_space(yaml.safe_load(text))
 
 
+@pytest.mark.parametrize(
+    ("score", "asked"), [("flap", ("calibration",)), ("{choices: [magnitude, flap]}", ("calibration",)), ("magnitude", ())]
+)
+def test_what_a_space_asks_for_is_known_before_it_is_searched(score, asked):
+    found = space(f"passes: [{{width: {{score: {score}, neurons: {{low: 0.25, high: 0.5}}}}}}]")
+    assert found.asks() == asked
+    assert space().asks() == ()
+
+
 def test_free_values_are_found_where_they_stand():
     found = space()
     assert [one.name for one in found.free] == [

@@ -1,4 +1,4 @@
-"""The command in a process of its own that can be killed: forked off one that has imported what every command imports."""
+"""The command as tests run it: here, or in a process of its own that can be killed, forked off one that has imported what every command imports."""
 
 import contextlib
 import io
@@ -6,6 +6,18 @@ import json
 import multiprocessing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+
+def last_line(asked: list[str]) -> Any:
+    """What `sightline ASKED --json` prints at last, once it has ended well."""
+    from studies.cli import app
+
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def start(arguments: list[str], said: Path) -> BaseProcess:

@@ -1,19 +1,13 @@
 """The study of what the analyses cost, at toy size: what it says, not how fast it is."""
 
-import json
-
-from typer.testing import CliRunner
-
 from studies.analyses import GOALS
-from studies.cli import app
+from tests.studies import command
 
 
 def test_every_analysis_is_measured(tmp_path):
     sizes = "--layers 2 --width 32 --heads 2 --kv-heads 2 --ffn 64 --vocabulary 600 --image-side 3 --question 4 --rounds 1"
     asked = ["study", "analyses", *sizes.split(), "--out", str(tmp_path / "r"), "--device", "cpu", "--json", "--quiet"]
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = command.last_line(asked)
     assert set(GOALS) < set(found)
     assert found["alignment_over_forwards"] > 0
     assert found["pairs_speedup"] > 1

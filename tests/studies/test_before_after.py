@@ -1,7 +1,5 @@
 """The study of a model before and after compression: records, summary, report, and what it refuses."""
 
-import json
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,6 +16,7 @@ from studies.before_after import SCHEMA, layers_left, unit
 from studies.before_after_report import summarise
 from studies.cli import app
 from studies.data import load_data
+from tests.studies import command
 
 RECIPE = "passes:\n- remove-layers: {layers: [4, 6]}\n- tokens: {method: fastv, budget: {keep: 0.5}}\n"
 
@@ -29,9 +28,7 @@ def run(tmp_path_factory):
     recipe.write_text(RECIPE)
     asked = ["study", "before-after", "--model", "demo", "--data", "demo", "--limit", "8", "--recipe", str(recipe), "--device", "cpu",
              "--out", str(folder / "r"), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder / "r", json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder / "r", command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run):
@@ -120,9 +117,7 @@ def test_a_saved_model_is_compared_with_what_it_was_made_from(tmp_path):
         "--quiet",
         "--json",
     ]
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.strip().splitlines()[-1])["kept_tokens"] == 16
+    assert command.last_line(asked)["kept_tokens"] == 16
 
 
 def test_what_has_left_is_compared_up_to_there():

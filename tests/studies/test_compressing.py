@@ -1,13 +1,10 @@
 """The study of compression's speed, at toy size: what it says, not how fast it is."""
 
-import json
-
 import pytest
-from typer.testing import CliRunner
 
 from compress.passes import METHODS
-from studies.cli import app
 from studies.compressing import _held
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +12,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressing") / "r"
     sizes = "--layers 2 --width 32 --heads 2 --kv-heads 2 --ffn 64 --vocabulary 600 --image-side 4 --question 4 --rounds 2"
     asked = ["study", "compressing", *sizes.split(), "--out", str(folder), "--device", "cpu", "--json", "--quiet"]
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1])
+    return folder, command.last_line(asked)
 
 
 def test_every_promise_and_every_reducer_is_measured(found):

@@ -18,6 +18,7 @@ from studies.grounding_units import Usable
 from studies.study import Setting
 from studies.telling import above
 from tests import toys
+from tests.studies import command
 
 CHEAP = {"mask_head": False, "generic": "what is there ?"}
 
@@ -27,9 +28,7 @@ def run(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grounding") / "r"
     asked = ["study", "grounding", "--model", str(stranger), "--data", "demo", "--limit", "12", "--train-scenes", "12", "--epochs", "2",
              "--generic", "what is there ?", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 @pytest.fixture

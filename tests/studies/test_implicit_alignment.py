@@ -1,7 +1,5 @@
 """The study of implicit alignment on the demo models and on toys."""
 
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +21,7 @@ from studies.implicit_alignment_words import _aligned, _predicts
 from studies.modalities import Part
 from studies.study import Setting
 from tests import toys
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alignment") / "r"
     asked = ["study", "implicit-alignment", "--model", "demo:frozen", "--data", "demo", "--limit", "12", "--family", "demo,demo:frozen,demo:frozen@0,demo:frozen@500",
              "--family-limit", "8", "--modalities", "image,text", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run):

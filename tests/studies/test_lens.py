@@ -1,7 +1,5 @@
 """The study of the lens: on a stranger that reads the demo's prompts, on toys, and on what cannot be used."""
 
-import json
-
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +15,7 @@ from studies.lens_report import _said_of_words
 from studies.objects import known, vocabulary, words_of
 from studies.study import Setting
 from tests import toys
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +23,7 @@ def run(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lens") / "r"
     asked = ["study", "lens", "--model", str(stranger), "--data", "demo", "--limit", "5", "--batch", "2", "--out", str(folder),
              "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run):

@@ -1,6 +1,5 @@
 """The study of masks on an untrained demo model, and on toys."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from studies.data import Data, load_data
 from studies.masks import known, masks, spans
 from studies.study import Setting
 from tests import toys
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,7 @@ def run(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks") / "r"
     asked = ["study", "masks", "--model", str(stranger), "--limit", "4", "--methods", "naavit,unimodal,aki", "--parts", "1", "--device", "cpu",
              "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run, stranger):

@@ -9,16 +9,12 @@ from typer.testing import CliRunner
 
 from studies.bench import KEYS
 from studies.cli import app
+from tests.studies import command
 
 run = CliRunner().invoke
 RECIPE = "name: less\npasses:\n- remove-layers: {layers: [4]}\n- tokens: {method: pooling, budget: {keep: 16}}\n"
 SPACE = "passes:\n- tokens: {method: {choices: [pooling, uniform]}, budget: {keep: {choices: [16, 3000]}}}\n"
 FEW = ["--limit", "4", "--rounds", "0", "--tokens", "2", "--device", "cpu", "--quiet", "--json"]
-
-
-def last_line(result):
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +23,7 @@ def made(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "less.yaml").write_text(RECIPE)
     asked = ["compress", str(folder / "less.yaml"), "--model", str(stranger), "--out", str(folder / "m"), *FEW]
-    return folder / "m", last_line(run(app, asked)), asked
+    return folder / "m", command.last_line(asked), asked
 
 
 def test_compress_says_what_it_made(made):
@@ -42,7 +38,7 @@ def test_compress_says_what_it_made(made):
 def test_a_compressed_folder_opens_with_its_ledger(made, stranger, tmp_path):
     folder = made[0]
     asked = ["measure", "--model", str(folder), "--dense", str(stranger), "--out", str(tmp_path / "r"), *FEW]
-    found = last_line(run(app, asked))
+    found = command.last_line(asked)
     assert set(KEYS) <= set(found)
     assert found["flops"] == made[1]["measured"]["flops"]
     assert found["kv_bytes"] == made[1]["measured"]["kv_bytes"]
@@ -50,12 +46,12 @@ def test_a_compressed_folder_opens_with_its_ledger(made, stranger, tmp_path):
     assert found["agreement"]["n"] == 4
     assert found["text_only"]["what"] == "text twins"
     assert (tmp_path / "r/figures/frontier.png").stat().st_size > 3000
-    assert last_line(run(app, asked)) == found  # asked again, nothing is measured again
+    assert command.last_line(asked) == found  # asked again, nothing is measured again
     assert "Which items changed" in (tmp_path / "r/report.md").read_text()
 
 
 def test_a_model_by_itself_is_beside_nothing(stranger, tmp_path):
-    found = last_line(run(app, ["measure", "--model", str(stranger), "--out", str(tmp_path / "r"), *FEW]))
+    found = command.last_line(["measure", "--model", str(stranger), "--out", str(tmp_path / "r"), *FEW])
     assert (found["verdict"], found["on_frontier"], found["baseline"]) == (None, None, "")
     assert 0 <= found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"] <= 1
     assert found["peak_memory"] > found["memory"]["weights"] > 0
@@ -64,8 +60,8 @@ def test_a_model_by_itself_is_beside_nothing(stranger, tmp_path):
 
 def test_times_come_with_verdicts(made, stranger, tmp_path):
     few = [part if part != "0" else "6" for part in FEW]
-    found = last_line(
-        run(app, ["measure", "--model", str(made[0]), "--dense", str(stranger), "--out", str(tmp_path / "r"), *few])
+    found = command.last_line(
+        ["measure", "--model", str(made[0]), "--dense", str(stranger), "--out", str(tmp_path / "r"), *few]
     )
     assert found["verdict"] in ("faster", "slower", "no evidence")
     assert {phase: spread["n"] for phase, spread in found["phases"].items()} == dict.fromkeys(
@@ -82,7 +78,7 @@ def searched(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched")
     (folder / "space.yaml").write_text(SPACE)
     asked = ["search", str(folder / "space.yaml"), "--model", str(stranger), "--out", str(folder / "r"), "--trials", "5", *FEW]
-    return folder, last_line(run(app, asked)), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_search_finds_a_frontier_beside_the_baselines(searched):
@@ -102,10 +98,26 @@ def test_a_search_goes_on_where_it_stopped(searched, tmp_path):
     shutil.copytree(folder / "r", tmp_path / "r")
     parts = sorted(path.name for path in (tmp_path / "r/records").glob("*.parquet"))
     more = [{"5": "7", str(folder / "r"): str(tmp_path / "r")}.get(part, part) for part in asked]
-    again = last_line(run(app, more))
+    again = command.last_line(more)
     assert again["trials"] == 7
     assert [p for p in again["points"] if p["name"] in {q["name"] for q in found["points"]}] != []
     assert set(parts) <= {path.name for path in (tmp_path / "r/records").glob("*.parquet")}
+
+
+def test_a_search_gathers_what_its_passes_ask_for(stranger, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("passes:\n- width: {score: {choices: [magnitude, flap]}, neurons: 0.5}\n")
+    found = command.last_line(
+        ["search", str(space), "--model", str(stranger), "--out", str(tmp_path / "r"), "--trials", "4", *FEW]
+    )
+    assert found["refused"] == {}
+    scores = {
+        yaml.safe_load(point["recipe"])[0]["width"].get("score", "flap")
+        for point in found["points"]
+        if "width" in point["recipe"]
+    }
+    assert "flap" in scores
+    assert json.loads((tmp_path / "r/run.json").read_text())["config"]["evidence"] == "64 other scenes of demo"
 
 
 def test_what_is_refused(stranger, tmp_path):

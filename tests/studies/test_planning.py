@@ -17,6 +17,7 @@ from studies import planning
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.planning import _content, evidence_of, set_apart
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +100,13 @@ def test_a_model_is_made_from_a_plan(runs, stranger, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "APART", 4)
     asked = ["compress", "--plan", "auto", "--budget", "0.7", "--model", str(stranger), "--limit", "4", "--rounds", "0", "--device", "cpu",
              "--out", str(tmp_path / "m"), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = command.last_line(asked)
     assert {"model", "ledger", "loads_in_transformers", "plan"} <= set(found)
     assert found["measured"]["flops_ratio"] <= 0.7 * 1.02
     assert "nats" in (tmp_path / "m/plan.md").read_text()
-    again = CliRunner().invoke(app, ["compress", str(tmp_path / "m/recipe.yaml"), "--model", str(stranger), "--limit", "4", "--rounds", "0",
-                                     "--device", "cpu", "--out", str(tmp_path / "n"), "--json", "--quiet"])  # fmt: skip
-    assert again.exit_code == 0, again.output
-    assert json.loads(again.stdout.strip().splitlines()[-1])["measured"]["flops"] == found["measured"]["flops"]
+    again = command.last_line(["compress", str(tmp_path / "m/recipe.yaml"), "--model", str(stranger), "--limit", "4", "--rounds", "0",
+                               "--device", "cpu", "--out", str(tmp_path / "n"), "--json", "--quiet"])  # fmt: skip
+    assert again["measured"]["flops"] == found["measured"]["flops"]
 
 
 @pytest.mark.parametrize(("asked", "message"), [
@@ -143,9 +141,7 @@ def test_a_compressed_model_is_not_compressed_again(tmp_path):
         "--json",
         "--quiet",
     ]
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = command.last_line(asked)
     assert found["note"] == "made from demo: name it with --dense to compare the two"
     assert not {"difference", "p", "flops_ratio", "agreement"} & set(found)
     assert "against the dense model" not in (tmp_path / "r/report.md").read_text()

@@ -1,31 +1,27 @@
 """The study of probing on the demo models and on toys."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from probe import Example, load
 from probe.errors import DataError, StudyError
 from probe.features import asked_word, group_means, places
-from studies.cli import app
 from studies.data import Data, load_data
 from studies.probes import facts_of, picture_row, scenes_of, shown_by
 from studies.probing import probing
 from studies.run import Run
 from studies.study import Setting
 from tests import toys
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probing") / "r"
     words = ["study", "probing", "--model", "demo", "--limit", "32", "--facts", "colour,circle", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), words
+    return folder, command.last_line(words), words
 
 
 def test_it_says_what_was_asked(run):
@@ -57,8 +53,7 @@ def test_asking_again_gives_the_same_bytes(run):
     folder, found, words = run
     parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
     sorted(parts)[1].unlink()
-    again = CliRunner().invoke(app, words)
-    assert json.loads(again.stdout.strip().splitlines()[-1]) == found
+    assert command.last_line(words) == found
     assert {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")} == parts
 
 

@@ -1,7 +1,5 @@
 """The study of relevance: on a stranger that reads the demo's prompts, on toys, and on what cannot be used."""
 
-import json
-
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +12,7 @@ from studies.data import Data, load_data
 from studies.relevance import relevance
 from studies.study import Setting
 from tests import toys
+from tests.studies import command
 from tests.studies.test_lens import numbers
 
 
@@ -22,9 +21,7 @@ def run(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("relevance") / "r"
     asked = ["study", "relevance", "--model", str(stranger), "--data", "demo", "--limit", "3", "--batch", "2", "--steps", "4", "--out", str(folder),
              "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run):

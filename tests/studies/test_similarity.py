@@ -1,7 +1,5 @@
 """The study of similarity on the demo models and on toys."""
 
-import json
-
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +11,7 @@ from studies.data import Data, load_data
 from studies.similarity import similarity
 from studies.study import Setting
 from tests import toys
+from tests.studies import command
 
 WORDS = ("ball", "dog", "cat", "mat", "park", "picture")
 
@@ -34,9 +33,7 @@ def asked(subject, count=6):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("similarity") / "r"
     words = ["study", "similarity", "--model", "demo", "--limit", "12", "--permutations", "30", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), words
+    return folder, command.last_line(words), words
 
 
 def test_it_says_what_was_asked(run):

@@ -1,7 +1,5 @@
 """The study of token reduction on an untrained demo model, and its numbers by hand."""
 
-import json
-
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +9,7 @@ from probe.analysis.stats import mcnemar
 from studies.cli import app
 from studies.token_reduction import configurations
 from studies.token_reduction_report import BASELINES, GROUPS, _iou, _own, ranking
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +17,7 @@ def run(stranger, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reduction") / "r"
     asked = ["study", "token-reduction", "--model", str(stranger), "--limit", "4", "--batch", "3", "--shares", "0.25", "--methods",
              "fastv,divprune,evs", "--device", "cpu", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run):

@@ -1,6 +1,5 @@
 """The study of tradeoffs on an untrained demo model, and on toys."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -19,6 +18,7 @@ from studies.study import Setting
 from studies.tradeoffs import tradeoffs
 from studies.tradeoffs_report import surely_worse
 from tests import toys
+from tests.studies import command
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,9 +33,7 @@ def run(stranger, little_evidence, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tradeoffs") / "r"
     asked = ["study", "tradeoffs", "--model", str(stranger), "--limit", "4", "--shares", "0.25", "--methods", "uniform", "--rounds", "2",
              "--tokens", "2", "--budget", "0", "--time-budget", "0", "--device", "cpu", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), asked
+    return folder, command.last_line(asked), asked
 
 
 def test_it_says_what_was_asked(run):

@@ -1,28 +1,23 @@
 """The study of a tower's layers on the demo models and on toys."""
 
-import json
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from probe import Example, Region, load
 from probe.errors import AnatomyError, DataError, StudyError
 from probe.towers import Tower
-from studies.cli import app
 from studies.data import Data, load_data
 from studies.study import Setting
 from studies.vision_layers import levels, vision_layers
 from tests import toys
+from tests.studies import command
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower") / "r"
     words = ["study", "vision-layers", "--model", "demo", "--limit", "32", "--facts", "colour", "--out", str(folder), "--json", "--quiet"]  # fmt: skip
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout.strip().splitlines()[-1]), words
+    return folder, command.last_line(words), words
 
 
 def test_it_says_what_was_asked(run):
@@ -57,8 +52,7 @@ def test_asking_again_gives_the_same_bytes(run):
     folder, found, words = run
     parts = {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")}
     sorted(parts)[1].unlink()
-    again = CliRunner().invoke(app, words)
-    assert json.loads(again.stdout.strip().splitlines()[-1]) == found
+    assert command.last_line(words) == found
     assert {path: path.read_bytes() for path in (folder / "records").glob("*.parquet")} == parts
 
 
