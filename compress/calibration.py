@@ -103,7 +103,7 @@ def sequential(
     statistic: Callable[[], Statistic] = Squares,
     wanted: Callable[[int, str], bool] = lambda layer, name: True,
     dense: bool = False,
-    offload: bool = False,
+    offload: bool | None = None,
     watch: Watch | None = None,
     check: bool = True,
     advance: Callable[[int], None] = lambda n: None,
@@ -111,7 +111,8 @@ def sequential(
     """Goes through the decoder layer by layer; `visit(layer, copy, maps)` sees what entered each linear map and may change the copy.
 
     The next layer sees what the changed copy gives; with `dense`, what the unchanged layer gave, which runs each layer once only. `wanted(layer, name)`
-    names the maps that are summed, `statistic` makes their sums. With `offload` states wait in the memory of the CPU; `watch(layer, batch, state)` sees
+    names the maps that are summed, `statistic` makes their sums. With `offload` states wait in the memory of the CPU (None: where they would
+    take more than a quarter of what is free on the GPU); `watch(layer, batch, state)` sees
     every state that goes on; `advance(1)` is called after each layer. `check=False` leaves out `refuse`, for callers who have asked it.
 
     Raises PassError for no batches, a side without tokens, and an architecture whose layers cannot be run by themselves.
@@ -121,13 +122,23 @@ def sequential(
     with subject.lock, torch.no_grad():
         if check:
             refuse(subject, batches[0])
-        runs = [_captured(subject, one, side, offload) for one in batches]
+        waits = _crowded(subject, batches) if offload is None else offload
+        runs = [_captured(subject, one, side, waits) for one in batches]
         if not any(bool(run.rows.any()) for run in runs):
             raise PassError(f"no calibration example has {side} tokens: calibrate on others, or with side both")
         for index in range(subject.n_layers):
             last = index == subject.n_layers - 1
             _one_layer(subject, index, runs, visit, statistic, wanted, dense, last, watch)
             advance(1)
+
+
+def _crowded(subject: Subject, batches: Sequence[Encoded]) -> bool:
+    """Whether the states of all batches together leave too little room beside the model for a layer to run."""
+    if subject.device.type != "cuda":
+        return False
+    width = subject.embedding.get_parameter("weight").shape[-1]
+    states = sum(one.inputs["input_ids"].numel() for one in batches) * width * subject.dtype.itemsize
+    return bool(states > torch.cuda.mem_get_info(subject.device)[0] / 4)
 
 
 def _one_layer(

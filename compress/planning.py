@@ -17,7 +17,7 @@ from compress.damage import step_damage
 from compress.drafts import KINDS, Counter, Draft, Watch, cheapest, damage, steps
 from compress.measure import encode_all
 from compress.passes.base import Evidence
-from compress.prices import Interval, Price, Prices, Stopwatch, interval, prices, stopwatch
+from compress.prices import Interval, Price, Prices, Stopwatch, interval, prices, stopwatch, token_steps
 from compress.recipe import Recipe
 from compress.rivals import rivals
 from probe.errors import PassError
@@ -136,6 +136,11 @@ def plan(
     others = rivals(draft, priced.of, flops, subject.n_layers, flops(draft), seed)
     choices = _choices(draft, priced, count, subject.n_layers)
     return Plan(recipe, choices, budget, cost, every, others, priced.evidence, (*priced.notes, *notes))
+
+
+def measurements(subject: Subject, n_examples: int) -> int:
+    """How often `plan` advances at most: examples whose layers are changed, layers narrowed, token steps, drafts verified."""
+    return min(n_examples, MOST) + subject.n_layers + len(token_steps(subject.n_layers)) + VERIFIED
 
 
 def _drawn(examples: Sequence[Example], seed: int) -> list[Example]:

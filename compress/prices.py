@@ -198,7 +198,7 @@ def _tokens(
     subject: Subject, batches: Sequence[Encoded], clean: Sequence[Tensor], seed: int, notes: list[str], advance: Callable[[int], None]
 ) -> list[Price]:  # fmt: skip
     found = []
-    for step in _token_steps(subject.n_layers):
+    for step in token_steps(subject.n_layers):
         try:
             damage = interval(step_damage(subject, [step], batches, clean, in_place=True), seed)
             found.append(Price("tokens", 0, damage, step, _choosing(subject, step, batches[0])))
@@ -219,7 +219,8 @@ def _choosing(subject: Subject, step: Pass, batch: Encoded) -> float:
         smaller.detach()
 
 
-def _token_steps(n_layers: int) -> list[Pass]:
+def token_steps(n_layers: int) -> list[Pass]:
+    """The reducers of visual tokens that are priced for a model of so many layers."""
     inside = sorted({place(share, n_layers) for share in INSIDE})
     steps: list[Pass] = [Tokens(method=name, budget=Budget(keep=share)) for name in BEFORE for share in SHARES]
     steps += [Tokens(method="pdrop", budget=Budget(keep=s), layer=at, positions="preserve") for at in inside for s in SHARES]

@@ -32,10 +32,17 @@ class Recipe:
     seed: int = 0
 
     def dumped(self) -> str:
-        """The recipe as YAML, every setting written out."""
-        steps = [{one.title: one.model_dump(mode="json", exclude_defaults=True)} for one in self.passes]
+        """The recipe as YAML: settings that are not the default ones, and seeds that passes were given."""
+        steps = [{one.title: _told(one)} for one in self.passes]
         text: dict[str, Any] = {"name": self.name, **({"about": self.about} if self.about else {}), "seed": self.seed}
         return yaml.safe_dump({**text, "passes": steps}, sort_keys=False, width=120)
+
+
+def _told(one: Pass) -> dict[str, Any]:
+    own = (
+        {"seed": getattr(one, "seed", 0)} if "seed" in one.model_fields_set else {}
+    )  # a 0 that was given is not the recipe's seed
+    return {**one.model_dump(mode="json", exclude_defaults=True), **own}
 
 
 def read(source: str | Path) -> Recipe:

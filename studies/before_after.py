@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from compress.measure import Answers, answer
 from compress.passes.layers import DropLayers
-from compress.recipe import Recipe, compress, read
+from compress.recipe import compress, read
 from compress.saving import changes_of
 from compress.smaller import Smaller
 from compress.twin import simulated
@@ -30,7 +30,7 @@ from probe.tracing import trace
 from studies.before_after_report import SHOWN_FLOWS, figures, report, summarise
 from studies.demo.family import load_member
 from studies.measuring import gather
-from studies.planning import set_apart
+from studies.planning import planned, set_apart
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, study
 from studies.work import read_units, sift
@@ -47,6 +47,7 @@ def before_after(
     setting: Setting,
     *,
     recipe: str = "",
+    budget: float = 0.6,
     dense: str = "",
     evidence_data: str = "",
     window_width: int | None = None,
@@ -55,15 +56,10 @@ def before_after(
     """What does compression change inside a model?
 
     Either `--model` is a compressed folder (the dense model is the one that it was made from, or `dense`), or it is the dense model and `recipe`
-    says how it is compressed; what its passes ask for comes from `evidence_data`, or examples set apart. `window_width` is that of information-flow, in layers of each model.
+    says how it is compressed: without one, by the plan from evidence that reads a prompt at no more than `budget` of the dense FLOPs. What its
+    passes or the plan ask for comes from `evidence_data`, or examples set apart. `window_width` is that of information-flow, in layers of each model.
     """
-    asked = read(Path(recipe)) if recipe else None
-    if asked and any(one.asks() for one in asked.passes):
-        data, evident, _ = set_apart(setting.data, evidence_data)
-        setting = replace(setting, data=data)
-    else:
-        evident = ()
-    before, after = _pair(setting, asked, dense, evident)
+    setting, before, after = _models(setting, recipe, budget, dense, evidence_data)
     width = default_window(after.n_layers) if window_width is None else window_width
     window(0, width, after.n_layers)
     config = {
@@ -93,21 +89,27 @@ def _carry_out(
     return summary
 
 
-def _pair(setting: Setting, asked: Recipe | None, dense: str, evident: Sequence[Example]) -> tuple[Subject, Smaller]:
-    """The dense model and the compressed one. Raises StudyError where the question names only one of them."""
+def _models(setting: Setting, recipe: str, budget: float, dense: str, evidence_data: str) -> tuple[Setting, Subject, Smaller]:
+    """What is asked of both, the dense model, and the compressed one. Raises StudyError where the question names only one of them."""
     subject = setting.subject
-    if asked:
-        if isinstance(subject, Smaller):
+    if isinstance(subject, Smaller):
+        if recipe:
             raise StudyError(
                 f"{subject.name} is compressed already: name the dense model with --model where a --recipe is given"
             )
-        return subject, compress(subject, asked, gather(subject, asked, evident, setting.seed))
-    if not isinstance(subject, Smaller):
-        raise StudyError(f"{subject.name} is not compressed: name a compressed folder with --model, or a --recipe")
-    source = dense or next(iter(subject.parents), "")
-    if not source:
-        raise StudyError(f"{subject.name} does not say what it was made from: name the dense model with --dense")
-    return load_member(source, str(subject.device), subject.dtype), subject
+        source = dense or next(iter(subject.parents), "")
+        if not source:
+            raise StudyError(f"{subject.name} does not say what it was made from: name the dense model with --dense")
+        return setting, load_member(source, str(subject.device), subject.dtype), subject
+    asked = read(Path(recipe)) if recipe else None
+    evident: Sequence[Example] = ()
+    if asked is None or any(one.asks() for one in asked.passes):
+        data, evident, _ = set_apart(setting.data, evidence_data)
+        setting = replace(setting, data=data)
+    if asked:
+        return setting, subject, compress(subject, asked, gather(subject, asked, evident, setting.seed))
+    made = planned(subject, evident, budget, seed=setting.seed, quiet=setting.quiet)
+    return setting, subject, compress(subject, made.recipe, made.evidence)
 
 
 def layers_left(smaller: Smaller) -> list[int]:

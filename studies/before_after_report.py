@@ -108,9 +108,12 @@ def _answers(told: Mapping[str, pd.DataFrame], ids: Sequence[str]) -> dict[str, 
             "n": int(own.sum()), "before": int(right["before"][own].sum()), "after": int(right["after"][own].sum()),
             "broke": [_item(told, ids[i]) for i in np.flatnonzero(broke).tolist()], "mended": [_item(told, ids[i]) for i in np.flatnonzero(mended).tolist()],
         }  # fmt: skip
-    return {
-        name: {"value": float(right[name].mean()), "interval": wilson(int(right[name].sum()), len(ids))} for name in MODELS
-    } | {"p": mcnemar(right["before"], right["after"]), "by_kind": by_kind}  # fmt: skip
+    return {name: _share(right[name]) for name in MODELS} | {"p": mcnemar(right["before"], right["after"]), "by_kind": by_kind}
+
+
+def _share(right: np.ndarray) -> dict[str, float]:
+    low, high = wilson(int(right.sum()), len(right))
+    return {"value": float(right.mean()), "low": low, "high": high}
 
 
 def _item(told: Mapping[str, pd.DataFrame], name: str) -> dict[str, str]:
@@ -187,7 +190,7 @@ def report(summary: Summary, setting: Setting) -> str:
 def _headline(summary: Summary) -> str:
     answers = summary["answers"]
     shares = " and ".join(
-        f"the {NAMES[name]} model {answers[name]['value']:.1%} [{answers[name]['interval'][0]:.1%}, {answers[name]['interval'][1]:.1%}]"
+        f"the {NAMES[name]} model {answers[name]['value']:.1%} [{answers[name]['low']:.1%}, {answers[name]['high']:.1%}]"
         for name in MODELS
     )
     every = {**summary["flows"], **{f"attention {k}": v for k, v in summary["masses"].items()}, "likeness": summary["alike"]}

@@ -284,6 +284,7 @@ def measure(
 def compress(
     recipe: Annotated[Path | None, typer.Argument(help="a recipe: passes in order, as YAML (docs/compress/recipes.md)")] = None,
     plan: Annotated[Literal["auto"] | None, typer.Option(help="auto: a recipe made from evidence, in place of one that is given")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes, for editors, and stop")] = False,
     budget: Annotated[float, typer.Option(help="with --plan: the share of the dense model's cost that reading a prompt may take")] = 0.6,
     cost: Annotated[Literal["flops", "time"], typer.Option(help="with --plan: FLOPs, or the time that this machine takes")] = "flops",
     run: Annotated[list[Path] | None, typer.Option(help="with --plan: a run of information-flow or implicit-alignment to read; repeat it")] = None,
@@ -295,8 +296,15 @@ def compress(
     """Apply a recipe, or one planned from evidence, save the smaller model with its ledger, and measure it briefly against the dense one."""
     with _errors(debug):
         _quiet_libraries()
+        if schema:
+            from compress.recipe import schema as recipe_schema
+
+            typer.echo(json.dumps(recipe_schema(), indent=2))
+            return
         if (recipe is None) == (plan is None):
-            raise StudyError("sightline compress takes a recipe, or --plan auto to make one from evidence")
+            raise StudyError(
+                "sightline compress takes a recipe, or --plan auto to make one from evidence (--schema prints what a recipe may say)"
+            )
         if run and plan is None:
             raise StudyError("--run is read to make a plan: add --plan auto")
         from compress.recipe import read
@@ -321,7 +329,9 @@ def compress(
         asked = asked or (made.recipe if made else None)
         assert asked is not None
         bench = Bench(subject, found, batch, rounds, tokens, seed=seed)
-        result = make(subject, asked, bench, folder, quiet, made.evidence if made else gather(subject, asked, examples, seed))
+        result = make(
+            subject, asked, bench, folder, quiet, made.evidence if made else gather(subject, asked, examples, seed), whence
+        )
         if made:
             (folder / "recipe.yaml").write_text(made.recipe.dumped())
             (folder / "plan.md").write_text(

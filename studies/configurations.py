@@ -16,6 +16,7 @@ from probe.subject import Subject
 from studies.bench import Configuration
 
 BASE = ("random", "pooling")
+DRAWS = 3  # of random tokens
 MANY = 8  # of more methods than these each is measured at the first two shares only
 
 
@@ -28,6 +29,9 @@ def configurations(subject: Subject, shares: Sequence[float], methods: Sequence[
         base = method if method in BASE else ""
         at = shares if base or len(methods) <= MANY else shares[:2]
         found += [_recipe(f"{method} {share:g}", _reduced(method, share), baseline=base) for share in at]
+    for share in shares:  # one draw can be lucky
+        for draw in range(1, DRAWS):
+            found.append(_recipe(f"random {share:g}, draw {draw}", _reduced("random", share, draw), baseline="random"))
     for layer in range(subject.n_layers) if subject.n_layers <= 12 else range(0, subject.n_layers, subject.n_layers // 8):
         found.append(_recipe(f"without layer {layer}", RemoveLayers(layers=(layer,))))
     middle = subject.n_layers // 2
@@ -58,8 +62,8 @@ def _recipe(name: str, *passes: Pass, baseline: str = "") -> Configuration:
     return Configuration(name, Recipe(passes, name), baseline)
 
 
-def _reduced(method: str, share: float) -> Tokens:
-    return Tokens(method=method, budget=Budget(keep=share))
+def _reduced(method: str, share: float, seed: int = 0) -> Tokens:
+    return Tokens(method=method, budget=Budget(keep=share), seed=seed)
 
 
 def left_out() -> dict[str, str]:

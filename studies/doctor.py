@@ -11,11 +11,9 @@ _EXTRAS = {
     "torchvision": "only for transformers' own video processors; pictures do not need it",
     "nnsight": "pip install 'sightline[backends]': reading points through nnsight",
     "transformer_lens": "pip install 'sightline[backends]': reading points through TransformerLens",
-    "ray": "pip install 'sightline[ray]': units of work on a cluster",
-    "av": "pip install 'sightline[media]': video files",
-    "soundfile": "pip install 'sightline[media]': sound files",
-    "streamlit": "pip install 'sightline[dashboard]': the dashboard",
-    "onnxruntime": "ONNX export and its check",
+    "av": "pip install 'sightline[video]': video files",
+    "soundfile": "pip install 'sightline[audio]': sound files",
+    "lmms_eval": "pip install 'sightline[lmms]': the tasks of lmms-eval",
 }
 
 

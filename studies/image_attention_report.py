@@ -34,9 +34,10 @@ def summarise(rows: pa.Table, layers: Sequence[int], n_layers: int, heads: int, 
     scores = {name: svar(ratio, part, list(layers)) for name, part in parts.items() if set(part) & set(layers)}
     table = {key: np.array(own[key].to_pylist()) for key in ("answer", "text", "kind", "correct", "prob")}
     correct = table["correct"].astype(bool)
+    low, high = wilson(int(correct.sum()), len(own))
     return {
         "n": len(own), "n_skipped": len(left), "skipped": left, "questions": config["questions"], "n_layers": n_layers, "layers": list(layers),
-        "n_right": int(correct.sum()), "accuracy": float(correct.mean()), "accuracy_interval": wilson(int(correct.sum()), len(own)),
+        "n_right": int(correct.sum()), "accuracy": float(correct.mean()), "accuracy_low": low, "accuracy_high": high,
         "existence": bool(np.isin(table["answer"], ("yes", "no")).all()),
         "windows": {name: [parts[name].start, parts[name].stop - 1] for name in scores},
         "ratio": curve(ratio.mean(2), layers, seed), "svar": {name: interval(values, seed) for name, values in scores.items()},
@@ -120,7 +121,7 @@ def figures(run: Run, summary: Summary) -> None:
 
 def report(summary: Summary, setting: Setting) -> str:
     """The report: the answer first, then the figures."""
-    low, high = summary["accuracy_interval"]
+    low, high = summary["accuracy_low"], summary["accuracy_high"]
     names = compared(summary)
     lines = [
         "# Image attention", "",

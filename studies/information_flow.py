@@ -19,7 +19,7 @@ from probe.errors import DataError, ExampleError, SightlineError, StudyError, di
 from probe.example import Example
 from probe.recorders import Lens, Mass
 from probe.replay import Entry, sweep
-from probe.subject import Encoded, Subject
+from probe.subject import Encoded, Side, Subject
 from probe.tokens import TokenMap
 from probe.tracing import Trace, last_logits, trace
 from studies.run import Run, finite
@@ -48,6 +48,7 @@ class Plan:
     max_new_tokens: int
     seed: int
     method: str
+    padding: Side = "left"
 
 
 @study
@@ -78,7 +79,7 @@ def information_flow(
             raise StudyError(f"there is no {option} {value!r}{did_you_mean(value, known)}")
     width = default_window(subject.n_layers) if window_width is None else window_width
     window(0, width, subject.n_layers)
-    plan = Plan(chosen, width, norm, only_correct, max_new_tokens, setting.seed, method)
+    plan = Plan(chosen, width, norm, only_correct, max_new_tokens, setting.seed, method, setting.padding)
     config = {**vars(plan), "tolerance": tolerance, "data": data.name, "fingerprint": data.fingerprint,
               "limit": len(data), "batch": setting.batch}  # fmt: skip
     run = Run.open(setting.out, "information-flow", config, describe(subject), SCHEMA)
@@ -112,9 +113,9 @@ def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str
     usable, rows = _usable(subject, examples)
     if not usable:
         return rows
-    encoded = _grouped(subject.encode(usable), plan.seed)
-    told = subject.generate(encoded, plan.max_new_tokens)
-    blind = _blind(subject, usable)
+    encoded = _grouped(subject.encode(usable, plan.padding), plan.seed)
+    told = subject.generate(encoded if plan.padding == "left" else subject.encode(usable), plan.max_new_tokens)
+    blind = _blind(subject, usable, plan.padding)
     right = [_right(answer, example) for answer, example in zip(told, usable, strict=True)]
     lens = _lens(subject, encoded, told, plan)
     recorded = trace(subject, encoded, [MASSES, lens])
@@ -143,10 +144,10 @@ def unit(subject: Subject, examples: list[Example], plan: Plan) -> list[dict[str
     return rows
 
 
-def _blind(subject: Subject, usable: list[Example]) -> torch.Tensor | None:
+def _blind(subject: Subject, usable: list[Example], padding: Side) -> torch.Tensor | None:
     """What the model says of the same questions with nothing shown; None of a model that always wants a picture (BLIP-2)."""
     try:
-        encoded = subject.encode([subject.without_media(example) for example in usable])
+        encoded = subject.encode([subject.without_media(example) for example in usable], padding)
     except ExampleError:
         return None
     return last_logits(subject, encoded)

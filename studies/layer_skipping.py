@@ -20,7 +20,7 @@ from compress.passes.skips import Mode, Skip
 from compress.recipe import Recipe
 from compress.skips.rule import Who
 from compress.smaller import Smaller
-from probe.analysis.stats import benjamini_hochberg, spearman
+from probe.analysis.stats import benjamini_hochberg, spearman, wilson
 from probe.errors import SightlineError, StudyError
 from probe.example import Example
 from probe.subject import Subject
@@ -69,7 +69,7 @@ def layer_skipping(setting: Setting, *, calibration: int = 32, rounds: int = 12,
     bench = Bench(setting.subject, judge, setting.batch, rounds, tokens, seed=setting.seed)
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(judge), "calibration": len(rank),
-        "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed, "padding": setting.padding,
+        "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed,
     }  # fmt: skip
     run = Run.open(setting.out, "layer-skipping", config, describe(setting.subject), SCHEMA)
     refused: dict[str, str] = {}
@@ -141,8 +141,9 @@ def _measured(bench: Bench, one: Skipped, timed: bool) -> Rows:
     with bench.opened(Configuration(one.name, Recipe(passes, one.name))) as subject:
         answers = answer(subject, bench.batches, bench.max_new_tokens)
         found = compare(bench.answers, answers, bench.seed)
+        low, high = wilson(int(answers.right.sum()), len(answers.right))
         point = {
-            "accuracy": float(answers.right.mean()), **{key: value for key, value in found.told().items() if key != "by_kind"},
+            "accuracy": float(answers.right.mean()), "accuracy_low": low, "accuracy_high": high, **{key: value for key, value in found.told().items() if key != "by_kind"},
             **_costs(bench, subject), **_times(bench, subject, timed),
         }  # fmt: skip
     items = _items(bench, one.name, answers)

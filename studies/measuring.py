@@ -41,6 +41,7 @@ def measure(subject: Subject, dense: Subject | None, bench: Bench, out: Path | N
                 run.write(key, bench.measure_model(one, model))
             advance(1)
         points = collect(run.rows([key for key, _, _ in work]))
+    points[-1]["recipe"] = applied(subject)
     point = {**points[-1], "run": str(run.folder), "unused": bench.sifted[1]}
     point["note"] = _note(subject, dense)
     if dense is None:
@@ -49,6 +50,12 @@ def measure(subject: Subject, dense: Subject | None, bench: Bench, out: Path | N
         run.figure("frontier", *figure(points))
     run.finish(point, _alone_report(point) if dense is None else _report(points, point["note"]))
     return point
+
+
+def applied(subject: Subject) -> str:
+    """What was done to a model, as the `recipe` of a point has it: passes with their settings, in order; empty for a dense one."""
+    steps = subject.ledger if isinstance(subject, Smaller) else ()
+    return json.dumps([{step.title: dict(step.settings)} for step in steps], default=str) if steps else ""
 
 
 def alone(point: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +116,11 @@ def _report(points: list[dict[str, Any]], note: str) -> str:
 
 
 def make(
-    subject: Subject, recipe: Recipe, bench: Bench, out: Path, quiet: bool, found: Evidence | None = None
+    subject: Subject, recipe: Recipe, bench: Bench, out: Path, quiet: bool, found: Evidence | None = None, whence: str = ""
 ) -> dict[str, Any]:  # fmt: skip
     """A compressed model in `out`, measured against the dense one: `model ledger loads_in_transformers measured`.
 
-    Raises RunError for a folder that holds something else, PassError for a recipe that this model refuses.
+    `whence` says for the model card where the evidence comes from. Raises RunError for a folder that holds something else, PassError for a recipe that this model refuses.
     """
     refuse_folder(out)
     smaller = compress(subject, recipe, found)
@@ -121,7 +128,7 @@ def make(
         with progress("measuring", 1, quiet, "models") as advance:
             points = [_point(bench.measure_model(Configuration(recipe.name, recipe), smaller))]
             advance(1)
-        save(smaller, out, _lines(points[0]))
+        save(smaller, out, _lines(points[0], bench.data.name, whence))
         return {
             "model": str(out), "ledger": str(out / FILE), "loads_in_transformers": loads_in_transformers(smaller), "name": recipe.name,
             "measured": points[0],
@@ -135,13 +142,18 @@ def _point(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _lines(point: Mapping[str, Any]) -> dict[str, Any]:
+def _lines(point: Mapping[str, Any], data: str, whence: str) -> dict[str, Any]:
     """What the model card says of the measurement."""
     change, ratio = point.get("difference"), point["ratios"].get("answer")
     told = {
-        "accuracy": f"{point['accuracy']:.1%} [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}] of {point['n']} questions",
+        "accuracy": f"{point['accuracy']:.1%} [{point['accuracy_low']:.1%}, {point['accuracy_high']:.1%}] of {point['n']} questions of {data}",
+        "parameters": f"{point['parameters']:,}",
         "FLOPs of reading a prompt": f"{point['flops_ratio']:.0%} of the dense model's", "keys and values": f"{point['kv_ratio']:.0%}",
     }  # fmt: skip
+    if point["peak_memory"] is not None:
+        told["peak memory"] = f"{point['peak_memory'] / 2**20:.1f} MiB, weights and the largest phase"
+    if whence:
+        told["evidence for what goes"] = whence
     if change:
         told["against the dense model"] = f"{bracketed(change, '+.1%')}, paired"
     if ratio:

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compress.planning import UNITS, Cost, Plan, plan
+from compress.planning import UNITS, Cost, Plan, measurements, plan
 from probe.analysis.stats import bootstrap_mean
 from probe.errors import StudyError
 from probe.example import Example
 from probe.subject import Subject
 from studies.data import TELLINGS, Data, apart, load_data
 from studies.study import describe, progress
+from studies.telling import bracketed
 
 APART = 64  # examples that evidence comes from
 
@@ -57,7 +58,7 @@ def planned(
 ) -> Plan:  # fmt: skip
     """A plan for a budget from examples and from runs of information-flow and implicit-alignment on the same model."""
     evidence = evidence_of(subject, runs)
-    with progress("pricing steps", 100, quiet, "measurements") as advance:
+    with progress("pricing steps", measurements(subject, len(examples)), quiet, "measurements") as advance:
         return plan(subject, examples, budget, evidence, seed, advance, cost)
 
 
@@ -65,7 +66,7 @@ def planned(
 
 
 def evidence_of(subject: Subject, folders: Sequence[str | Path]) -> dict[str, Any]:
-    """What runs say that a plan can use: `withdrawal_kl` and `cutoff` of information-flow, `drift` and `overlap` of implicit-alignment.
+    """What runs say that a plan can use: `withdrawal_kl` and `cutoff` of information-flow, `drift`, `overlap` and `ima` of implicit-alignment.
 
     Raises StudyError for a folder that is no finished run, of another study, or of another model.
     """
@@ -106,16 +107,18 @@ def _flow(folder: Path, summary: Mapping[str, Any], n_layers: int) -> dict[str, 
 
 
 def _alignment(folder: Path, summary: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
-    """How much what is shown changes from layer to layer, and how far it uses the weights that words use."""
+    """How much what is shown changes from layer to layer, how far it uses the weights that words use, and how alike the two are."""
     modality, own = next(((name, one) for name, one in summary["modalities"].items() if name != "text"), (None, None))
     if own is None:
         raise StudyError(f"{folder} shows nothing but text: plans are made from runs on pictures, clips or sounds")
     pair = f"{modality} perceptual and {modality} textual"
     return {
         "drift": list(own["drift"]["perceptual"]["1"]["mean"])[:n_layers], "overlap": (summary.get("weights") or {}).get("by_layer", {}).get(pair),
+        "ima": {reading: {end: score[end] for end in ("value", "low", "high")} for reading, score in own["score"].items()},
     }  # fmt: skip
 
 
+SAID = {"input": "what is shown as it enters the model", "same": "both in the same layer"}
 _READERS = {"information-flow": _flow, "implicit-alignment": _alignment}
 
 
@@ -135,6 +138,12 @@ def told(made: Plan) -> list[str]:
         lines.append(
             f"| {', '.join(one.kinds)} | {one.predicted:.3g} | {value:.3g} [{low:.3g}, {high:.3g}] | {one.flops_ratio:.1%} | {took} |"
         )
+    if scores := made.evidence.get("ima"):
+        each = (f"{bracketed(score)} ({SAID[reading]})" for reading, score in scores.items())
+        lines += [
+            "",
+            f"How alike what is shown and the words are in the run that was read (IMA score): {', '.join(each)}. It prices no step: damage is measured.",
+        ]
     if made.notes:
         lines += ["", "Not allowed on this model:", "", *(f"- {note}" for note in made.notes)]
     return lines

@@ -1,5 +1,8 @@
 """A LLaVA-shaped model of any size with random weights, for measuring time and memory. It has nothing to say."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -71,9 +74,26 @@ def llava_shaped(
 
 def example(image_side: int, question: int) -> Example:
     """A grey picture and a question of so many words, with a system text as long as LLaVA's."""
-    words = ("what color is the circle and how many things are red or blue in this scene right there ? " * 8).split()
+    words = _words()
     system = " ".join((f"A chat about one scene. {'there is a ' * 8}").split())
     return Example(
         "bench", " ".join(words[:question]), (Image.new("RGB", (image_side * PATCH, image_side * PATCH), "grey"),),
         system=system, suffix="Answer briefly.",
     )  # fmt: skip
+
+
+def alike(image_side: int, question: int, count: int, name: str, seed: int) -> list[Example]:
+    """Different examples as long as `example`: pictures of noise, and the same words from another one on."""
+    rng, words, one = np.random.default_rng(seed), _words(), example(image_side, question)
+    side, rounds = image_side * PATCH, len(words) - question
+    return [
+        replace(
+            one, id=f"{name} {i}", prompt=" ".join(words[i % rounds :][:question]),
+            images=(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)),),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def _words() -> list[str]:
+    return ("what color is the circle and how many things are red or blue in this scene right there ? " * 8).split()

@@ -105,7 +105,7 @@ def find_study(name: str) -> Callable[..., Summary]:
 
 @contextmanager
 def progress(title: str, total: int, quiet: bool, unit: str = "examples") -> Iterator[Callable[[int], None]]:
-    """A bar on standard error with rate and time left; `advance(n)` moves it."""
+    """A bar on standard error with rate and time left; `advance(n)` moves it. Where `total` was too much, the work that is done is all of it."""
     if quiet:
         yield lambda n: None
         return
@@ -126,6 +126,7 @@ def progress(title: str, total: int, quiet: bool, unit: str = "examples") -> Ite
             bar.update(task, rate=f"{done / max(1e-9, time.perf_counter() - start):.1f}/s")
 
         yield advance
+        bar.update(task, total=bar.tasks[0].completed)
 
 
 def units(count: int, size: int) -> list[tuple[str, range]]:

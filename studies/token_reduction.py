@@ -50,7 +50,7 @@ def token_reduction(setting: Setting, *, shares: str = "0.5,0.25,0.125,0.0625", 
     kept, chosen = shares_of(shares), chosen_methods(methods)
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "examples": len(setting.data), "shares": list(kept), "methods": chosen,
-        "batch": setting.batch, "seed": setting.seed, "padding": setting.padding,
+        "batch": setting.batch, "seed": setting.seed,
     }  # fmt: skip
     run = Run.open(setting.out, "token-reduction", config, describe(setting.subject), SCHEMA)
     with run.recorded():

@@ -50,7 +50,7 @@ def tradeoffs(
     setting = replace(setting, data=data)
     config = {
         "data": data.name, "fingerprint": data.fingerprint, "examples": len(data), "shares": list(kept),
-        "methods": chosen, "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed, "padding": setting.padding,
+        "methods": chosen, "rounds": rounds, "tokens": tokens, "batch": setting.batch, "seed": setting.seed,
         "budget": budget, "time_budget": time_budget, "runs": runs, "evidence_data": evidence_data,
     }  # fmt: skip
     run = Run.open(setting.out, "tradeoffs", config, describe(setting.subject), SCHEMA)

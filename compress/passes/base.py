@@ -87,8 +87,9 @@ class Pass(BaseModel):
 def apply(smaller: Smaller, one: Pass, evidence: Evidence | None = None, seed: int = 0) -> Smaller:
     """Plans a pass, carries it out in place, and notes it in the ledger.
 
-    Raises PassError for a pass that may not follow those that the ledger has.
+    `seed` is that of a pass which draws and is set no seed of its own. Raises PassError for a pass that may not follow those that the ledger has.
     """
+    one = seeded(one, seed)
     refuse_order([step.title for step in smaller.ledger], one)
     changes = list(one.plan(smaller, evidence or {}))
     if not changes:
@@ -100,6 +101,12 @@ def apply(smaller: Smaller, one: Pass, evidence: Evidence | None = None, seed: i
     step = Step(one.title, one.model_dump(mode="json"), tuple(change.described() for change in changes), note, seed, versions)
     smaller.ledger = (*smaller.ledger, step)
     return smaller
+
+
+def seeded(one: Pass, seed: int) -> Pass:
+    """A pass that draws, with this seed unless it was given its own."""
+    drawing = "seed" in type(one).model_fields and "seed" not in one.model_fields_set
+    return one.model_copy(update={"seed": seed}) if drawing else one
 
 
 def brief(value: Any) -> Any:

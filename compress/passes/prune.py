@@ -117,6 +117,7 @@ class Prune(Targeted):
     allocation: Rule = "uniform"
     side: Side | None = None  # None: that of the calibration
     rerun: bool = True
+    seed: int = 0  # of what ecoflap draws
 
     def asks(self) -> tuple[str, ...]:
         """Magnitudes need no examples, unless layers are told apart by some."""
@@ -135,8 +136,9 @@ class Prune(Targeted):
         calibration: Calibration = self.found(evidence, "calibration")
         batches, side = calibration.encoded(subject), self.side or calibration.side
         shares = allocated(
-            self.allocation, subject, batches, _sizes(maps), pattern.sparsity, side, lambda i, n: f"{i}.{n}" in maps
-        )
+            self.allocation, subject, batches, _sizes(maps), pattern.sparsity, side, lambda i, n: f"{i}.{n}" in maps,
+            self.seed,
+        )  # fmt: skip
         patterns = {n: pattern if pattern.of else Pattern(shares[_layer(n)]) for n in maps}
         made = pruned(subject, batches, side, self.method, patterns, self.rerun)
         return [PruneWeights.of(_checked(made, maps, patterns, whole=self.method != "wanda"))]

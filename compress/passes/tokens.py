@@ -159,6 +159,7 @@ class Pyramid(Pass):
     positions: Policy | Literal["default"] = "default"
     settings: Mapping[str, Setting] = Field(default_factory=dict)
     simulated: bool = False
+    seed: int = 0
 
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         if len(self.at) != len(self.keep):
@@ -171,7 +172,7 @@ class Pyramid(Pass):
                 break
             one = Tokens(
                 method=self.method, budget=Budget(keep=keep, rounding=self.rounding), layer=layer, positions=self.positions,
-                settings=self.settings, simulated=self.simulated,
+                settings=self.settings, simulated=self.simulated, seed=self.seed,
             )  # fmt: skip
             changes += one.plan(subject, evidence)
         layers = [change.layer for change in changes if isinstance(change, ReduceTokens | WithdrawTokens)]

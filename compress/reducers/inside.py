@@ -37,9 +37,9 @@ def sparsevlm(seen: Seen, count: int) -> Kept:
 
 
 def aim(seen: Seen, count: int, *, temperature: float = 0.1, iterations: int = 5) -> Kept:
-    """The tokens of highest PageRank in the graph of attention, all positions taking part (AIM, section 3.3)."""
+    """The tokens of highest PageRank in the graph of attention, all positions that are left taking part (AIM, section 3.3)."""
     flows = torch.cat([flowed(links, iterations) for links in seen.sharpened(temperature)])
-    return Kept(best(over_heads(flows)[seen.columns], count))
+    return Kept(best(over_heads(flows)[torch.searchsorted(seen.voters, seen.columns)], count))
 
 
 def pagerank(links: Float[Tensor, "head n n"], iterations: int = 5) -> Float[Tensor, " n"]:

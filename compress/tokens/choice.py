@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from compress.tokens.media import Shape
@@ -35,6 +35,7 @@ class Seen:
     row: int = 0
     places: Int[Tensor, " n"] | None = None
     words: Int[Tensor, " m"] | None = None
+    alive: Bool[Tensor, " column"] | None = None  # columns that are neither padding nor hidden; all of them unless said
     last: int = -1
     seed: int = 0
     before: Float[Tensor, "column width"] | None = None  # the whole row as it entered the decoder, at the columns of now
@@ -74,13 +75,21 @@ class Seen:
         """The keys of the whole row."""
         return self._own_call.key[0]
 
-    def sharpened(self, temperature: float) -> Iterator[Float[Tensor, "head column column"]]:
-        """Attention of every column to every other at a temperature (float32), the heads of one key head at a time.
+    @property
+    def voters(self) -> Int[Tensor, " voter"]:
+        """The columns that take part: padding and what is hidden do not, just as what was dropped cannot."""
+        length = self._own_call.query.shape[2]
+        if self.alive is None:
+            return torch.arange(length, device=self.states.device)
+        return torch.nonzero(self.alive[:length])[:, 0]
 
-        Columns squared for each head: together they would be the largest tensor of the whole pass. A column that sees nothing has zeros.
+    def sharpened(self, temperature: float) -> Iterator[Float[Tensor, "head voter voter"]]:
+        """Attention of every voter to every other at a temperature (float32), the heads of one key head at a time.
+
+        Voters squared for each head: together they would be the largest tensor of the whole pass. A voter that sees nothing has zeros.
         """
-        call = self._own_call
-        rows = torch.arange(call.query.shape[2], device=self.states.device)[None]
+        call, voters = self._own_call, self.voters
+        rows = voters[None]
         visible, bias = call.visible(rows)
         each = call.query.shape[1] // call.key.shape[1]
         for group in range(call.key.shape[1]):
@@ -88,7 +97,7 @@ class Seen:
             part = replace(call, query=call.query[:, heads], key=call.key[:, group : group + 1])
             shift = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
             own = visible if visible.shape[1] == 1 else visible[:, heads]
-            weight = score_rows(part, rows, own, shift)[0].div_(temperature).softmax(-1)
+            weight = score_rows(part, rows, own, shift)[0].div_(temperature).softmax(-1)[..., voters]
             yield weight if bool(own.any(-1).all()) else weight.nan_to_num_(0.0)
 
     @property

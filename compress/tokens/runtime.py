@@ -290,7 +290,8 @@ class TokenRuntime:
         seen = Seen(
             states=state[row, places], text=state[row, words], grid=medium.grid, layer=reducer.layer, n_layers=self.subject.n_layers,
             kind=medium.kind, tower=self.tower.of(medium, before, prompt.media) if self.tower else {}, call=reading.call,
-            row=row, places=places, words=words, last=int(torch.nonzero(prompt.real_now()[row])[-1]),
+            row=row, places=places, words=words, alive=(prompt.real_now() & prompt.shown_now())[row],
+            last=int(torch.nonzero(prompt.real_now()[row])[-1]),
             seed=reducer.seed + reading.draws[row] + number,
             before=None if prompt.entered is None else prompt.entered[row, prompt.now[row].clamp(min=0)],
         )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calibration import Calibration, counted, sequential
+from compress.calibration import Calibration, _crowded, counted, sequential
 from compress.passes.base import brief
 from compress.statistics import Gram, Moments, Squares
 from probe.calibration import linear_maps
@@ -192,3 +192,14 @@ def test_the_ledger_is_told_what_it_was():
     one, other = (brief(Calibration((Example("a", "why ?", answer=answer),))) for answer in ("no", "yes"))
     assert one["examples"] == 1
     assert one["fingerprint"] != other["fingerprint"]
+
+
+def test_states_wait_elsewhere_only_where_they_crowd_a_gpu(toy, monkeypatch):
+    subject = toy("llava")
+    batches = [subject.encode(toys.pair(subject))]
+    assert not _crowded(subject, batches)
+    states = batches[0].inputs["input_ids"].numel() * subject.embedding.get_parameter("weight").shape[-1] * subject.dtype.itemsize
+    monkeypatch.setattr(type(subject), "device", torch.device("cuda"))
+    for free, crowded in ((states * 4, False), (states * 4 - 8, True)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, free))
+        assert _crowded(subject, batches) is crowded

@@ -143,3 +143,23 @@ def test_nothing_removed_is_bitwise_nothing(toy):
         smaller = compress(subject, [recipes.find_pass(title).model_validate(settings)])
         assert smaller.ledger == ()
         assert torch.equal(last_logits(smaller, encoded), last_logits(subject, encoded))
+
+
+def test_the_seed_of_a_recipe_is_that_of_every_pass_that_draws(toy):
+    subject = toy("llava")
+    encoded = subject.encode(toys.pair(subject))
+
+    def said(recipe):
+        smaller = compress(subject, recipe)
+        found = last_logits(smaller, encoded)
+        return found, smaller.ledger[0].settings["seed"]
+
+    drawn = {"tokens": {"method": "random", "budget": {"keep": 4}}}
+    own = {"tokens": {"method": "random", "budget": {"keep": 4}, "seed": 0}}
+    zero, seven = parse({"passes": [drawn]}), parse({"passes": [drawn], "seed": 7})
+    fixed = parse({"passes": [own], "seed": 7})
+    assert [said(one)[1] for one in (zero, seven, fixed)] == [0, 7, 0]
+    assert not torch.equal(said(zero)[0], said(seven)[0])
+    assert torch.equal(said(zero)[0], said(fixed)[0])
+    for one in (zero, seven, fixed):
+        assert torch.equal(said(parse(yaml.safe_load(one.dumped())))[0], said(one)[0])

@@ -1,5 +1,7 @@
 """Every reducer: against its oracle on random, tied and doubled tokens; by hand; and end to end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from compress.reducers import diverse, frames, inside, plain, tower
 from compress.reducers.windows import window_shape
 from compress.tokens.choice import Seen
 from compress.tokens.positions import moved, next_ids
+from probe.attention import Call
 from probe.errors import PassError
 from probe.tracing import last_logits
 from tests import toys
@@ -281,13 +284,43 @@ def test_how_many_ran_and_how_many_were_refused():
     assert {name for family, name, _ in refused if family == "qwen2_vl"} == looking
 
 
-@pytest.mark.parametrize("one", [Pyramid(keep=(0.5, 0.25, 0.2)), Withdraw(layer=2), Pyramid(at=(0.25, 0.75), keep=(0.5, 0))])
+@pytest.mark.parametrize("one", [
+    Pyramid(keep=(0.5, 0.25, 0.2)), Withdraw(layer=2), Pyramid(at=(0.25, 0.75), keep=(0.5, 0)),
+    Pyramid(method="aim", at=(0.25, 0.5, 0.75), keep=(0.75, 0.5, 0.25)),
+])  # fmt: skip
 def test_schedules_remove_what_their_twins_hide(toy, one):
     subject = toy("llava")
     encoded = subject.encode(toys.pair(subject))
     both = [compress(subject, [one.model_copy(update={"simulated": twin})]) for twin in (False, True)]
     torch.testing.assert_close(last_logits(both[0], encoded), last_logits(both[1], encoded), atol=1e-4, rtol=1e-4)
     assert both[0].generate(encoded, 4) == both[1].generate(encoded, 4)
+
+
+def test_neither_padding_nor_what_is_hidden_votes():
+    """AIM's importance among the columns that are left, whatever stands beside them: PageRank of those alone."""
+    query, key = torch.randn(1, 2, 9, 3), torch.randn(1, 2, 9, 3)
+    alive = torch.tensor([True, True, False, True, True, True, False, True, False])  # two hidden, one of padding
+    left = torch.nonzero(alive)[:, 0]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() & (alive | torch.eye(9, dtype=torch.bool))
+    call = Call(torch.nn.Identity(), query, key, key, mask[None, None], {}, lambda *a, **k: None)
+    small = Call(torch.nn.Identity(), query[:, :, left], key[:, :, left], key[:, :, left], None, {}, lambda *a, **k: None)
+    whole = Seen(torch.zeros(4, 3), torch.zeros(1, 3), None, 1, 4, call=call, places=left[1:5], alive=alive)
+    alone = Seen(torch.zeros(4, 3), torch.zeros(1, 3), None, 1, 4, call=small, places=torch.arange(1, 5))
+    torch.testing.assert_close(torch.cat(list(whole.sharpened(0.1))), torch.cat(list(alone.sharpened(0.1))))
+    for count in (1, 2, 3):
+        assert inside.aim(whole, count).index.tolist() == inside.aim(alone, count).index.tolist()
+    everyone = replace(whole, alive=None)
+    assert torch.cat(list(everyone.sharpened(0.1))).shape == (2, 9, 9)
+
+
+def test_what_aim_keeps_does_not_depend_on_padding(toy):
+    subject = toy("llava")
+    smaller = compress(subject, [Tokens(method="aim", budget=Budget(keep=4))])
+    first, second = toys.pair(subject)
+    alone = torch.cat([last_logits(smaller, subject.encode(one)) for one in (first, second)])
+    for side in ("left", "right"):
+        together = last_logits(smaller, subject.encode([first, second], side))
+        torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_asked(toy):

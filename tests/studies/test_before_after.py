@@ -91,14 +91,35 @@ def test_masses_are_those_of_the_model_as_it_runs():
     assert np.isfinite(plain).all()
 
 
+def test_without_a_recipe_a_plan_from_evidence_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("studies.planning.APART", 4)  # examples that the plan rests on
+    asked = ["study", "before-after", "--model", "demo", "--limit", "2", "--budget", "0.7", "--quiet", "--json"]
+    found = command.last_line([*asked, "--out", str(tmp_path / "r")])
+    assert found["steps"]
+    assert found["n"] == 2
+
+
 @pytest.mark.parametrize(("more", "message"), [
-    ([], "is not compressed: name a compressed folder with --model, or a --recipe"),
-    (["--window-width", "99"], "is not compressed"),
+    (["--window-width", "99"], "a window has 1 to 8 layers"),
+    (["--budget", "0.01"], "reads a prompt with 1% of its FLOPs"),
 ])  # fmt: skip
-def test_one_model_alone_is_refused(more, message):
+def test_what_cannot_be_compared_is_refused(more, message, monkeypatch):
+    monkeypatch.setattr("studies.planning.APART", 2)
     result = CliRunner().invoke(app, ["study", "before-after", "--model", "demo", "--limit", "2", "--quiet", *more])
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_a_compressed_model_with_a_recipe_is_refused(tmp_path):
+    smaller = compress(load("demo"), [RemoveLayers(layers=(4,))])
+    save(smaller, tmp_path / "m")
+    smaller.detach()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    asked = ["study", "before-after", "--model", str(tmp_path / "m"), "--recipe", str(recipe), "--limit", "2", "--quiet"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 1
+    assert "is compressed already" in result.output
 
 
 def test_a_saved_model_is_compared_with_what_it_was_made_from(tmp_path):

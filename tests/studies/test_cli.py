@@ -1,12 +1,16 @@
 """The command: what it prints, how it fails, and that it starts without torch."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from studies import doctor
 from studies.cli import app
 from studies.study import STUDIES
 from tests import toys
@@ -175,3 +179,10 @@ def test_doctor_answers():
     assert found["tracing"].startswith(
         ("a traced forward pass gives the plain one's logits, bit for bit", "failed: there is no demo model")
     )
+
+
+def test_doctor_names_extras_that_there_are():
+    extras = set(tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"])
+    named = {name for text in doctor._EXTRAS.values() for name in re.findall(r"sightline\[(\w+)\]", text)}
+    assert named
+    assert named <= extras

@@ -207,6 +207,16 @@ def test_the_naive_method_gives_the_same_numbers(done, subject, tmp_path):
         np.testing.assert_allclose(fast["flows"][name]["mean"], slow["flows"][name]["mean"], atol=1e-2)
 
 
+def test_padding_on_the_right_gives_the_same_numbers(done, subject, tmp_path):
+    right = information_flow(
+        Setting(subject, load_data("demo", 12), tmp_path / "right", batch=5, padding="right"), only_correct=False
+    )
+    assert json.loads((tmp_path / "right/run.json").read_text())["config"]["padding"] == "right"
+    for name, flow in done[1]["flows"].items():
+        np.testing.assert_allclose(right["flows"][name]["mean"], flow["mean"], atol=2e-3)
+        np.testing.assert_allclose(right["flows"][name]["mass"], flow["mass"], atol=1e-5)
+
+
 def test_every_study_is_found_and_asks_its_question():
     assert {page.stem for page in (Path(__file__).parents[2] / "docs/studies").glob("*.md")} == set(STUDIES)
     for name, (_, question) in STUDIES.items():

@@ -32,7 +32,16 @@ def test_compress_says_what_it_made(made):
     assert found["loads_in_transformers"] == "yes, without tokens"
     assert found["measured"]["flops_ratio"] < 1
     assert found["measured"]["prefill_ms"] is None
-    assert "FLOPs of reading a prompt" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "FLOPs of reading a prompt" in card
+    assert "of 4 questions of demo" in card
+    assert f"parameters: {found['measured']['parameters']:,}" in card
+
+
+def test_the_schema_of_recipes_is_printed():
+    said = run(app, ["compress", "--schema"])
+    assert said.exit_code == 0
+    assert "passes" in json.loads(said.stdout)["properties"]
 
 
 def test_a_compressed_folder_opens_with_its_ledger(made, stranger, tmp_path):
@@ -42,6 +51,7 @@ def test_a_compressed_folder_opens_with_its_ledger(made, stranger, tmp_path):
     assert set(KEYS) <= set(found)
     assert found["flops"] == made[1]["measured"]["flops"]
     assert found["kv_bytes"] == made[1]["measured"]["kv_bytes"]
+    assert [next(iter(step)) for step in json.loads(found["recipe"])] == ["remove-layers", "tokens"]
     assert found["kv_ratio"] < 7 / 8  # tokens are dropped in this process too, not layers alone
     assert found["agreement"]["n"] == 4
     assert found["text_only"]["what"] == "text twins"

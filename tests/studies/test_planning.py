@@ -9,14 +9,15 @@ from typer.testing import CliRunner
 
 from compress.layer_scores import withdrawal_kl
 from compress.passes.layers import RemoveLayers
-from compress.recipe import compress
+from compress.planning import Plan
+from compress.recipe import Recipe, compress
 from compress.saving import save
 from probe import load
 from probe.errors import StudyError
 from studies import planning
 from studies.cli import app
 from studies.data import Data, load_data
-from studies.planning import _content, evidence_of, set_apart
+from studies.planning import _content, evidence_of, set_apart, told
 from tests.studies import command
 
 
@@ -43,7 +44,12 @@ def test_runs_are_read_as_evidence(runs):
     assert found["withdrawal_kl"] == pytest.approx(own.tolist(), abs=1e-4)
     assert found["cutoff"]["layer"] == summary["cutoff_layer"]
     assert all(0.5 < value <= 1 for value in found["drift"])
+    assert set(found["ima"]) == {"input", "same"}
+    assert all(-1 <= one["low"] <= one["value"] <= one["high"] <= 1 for one in found["ima"].values())
     assert all(1 / 3 < value < 1 for value in found["overlap"])
+    made = Plan(Recipe((), about="nothing"), (), 0.6, "flops", (), (), found)
+    assert f"{found['ima']['same']['value']:.3f} [" in "\n".join(told(made))
+    assert "IMA score" not in "\n".join(told(replace(made, evidence={})))
 
 
 def test_runs_of_other_models_and_studies_are_refused(runs, tmp_path):

@@ -128,6 +128,8 @@ def test_there_are_enough_configurations(stranger):
     assert len({one.key for one in found}) == len(found)
     tried = {one.recipe.passes[0].method for one in found if one.recipe and one.recipe.passes[0].title == "tokens"}
     assert tried == set(METHODS)
+    drawn = [one.recipe.passes[0].seed for one in found if one.name.startswith("random 0.25")]
+    assert sorted(drawn) == [0, 1, 2]
     assert {one.baseline for one in found} == {"full", "random", "pooling", "down-sampling", ""}
 
 
