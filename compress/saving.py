@@ -1,11 +1,13 @@
 """A compressed model on disk: weights, processor, ledger and a model card; and back."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from compress import ledger
@@ -43,18 +45,26 @@ def loads_in_transformers(smaller: Smaller) -> str:
 def save(smaller: Smaller, folder: Path | str, measured: Mapping[str, Any] | None = None) -> Path:
     """Writes the model, its processor, its ledger and its card; `measured` are lines for the card.
 
-    Raises LedgerError when the folder cannot be written.
+    All of it is written beside the folder first and moved there at the end, so that a disk that fills leaves no half model. Raises LedgerError
+    when the folder cannot be written.
     """
     folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         # what is to be filled in by name is written under the names that modules have, not those of the hub
-        smaller.model.save_pretrained(folder, save_original_format=is_regular(smaller))
-        save_processor(smaller.processor, folder)
-        ledger.write(folder, smaller.ledger, smaller.parents, is_regular(smaller))
-        (folder / CARD).write_text(_card(smaller, measured or {}))
-    except OSError as error:
-        raise LedgerError(f"{folder} cannot be written: {error.strerror or error}") from error
+        smaller.model.save_pretrained(partial, save_original_format=is_regular(smaller))
+        save_processor(smaller.processor, partial)
+        ledger.write(partial, smaller.ledger, smaller.parents, is_regular(smaller))
+        (partial / CARD).write_text(_card(smaller, measured or {}))
+        folder.mkdir(exist_ok=True)
+        for path in partial.iterdir():
+            path.replace(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise LedgerError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -171,6 +171,8 @@ class Run:
             for kind in ("png", "html"):
                 (folder / f"{name}.{kind}.tmp").replace(folder / f"{name}.{kind}")
         except OSError as error:
+            for kind in ("png", "html"):
+                (folder / f"{name}.{kind}.tmp").unlink(missing_ok=True)
             raise RunError(f"the figure {name} cannot be written to {folder}: {error.strerror or error}") from error
 
     def finish(self, summary: dict[str, Any], report: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from compress.budget import Budget, Rounding
 from compress.passes.base import Change, Evidence, Pass, Stage
@@ -160,6 +160,14 @@ class Pyramid(Pass):
     settings: Mapping[str, Setting] = Field(default_factory=dict)
     simulated: bool = False
     seed: int = 0
+
+    @field_validator("keep")
+    @classmethod
+    def _shares(cls, keep: tuple[float, ...]) -> tuple[float, ...]:
+        for share in keep:
+            if not 0 <= share <= 1:
+                raise ValueError(f"a pyramid keeps shares from 0 to 1 of all tokens, not {share:g}")
+        return keep
 
     def plan(self, subject: Subject, evidence: Evidence) -> Sequence[Change]:
         if len(self.at) != len(self.keep):

@@ -198,7 +198,9 @@ def test_states_wait_elsewhere_only_where_they_crowd_a_gpu(toy, monkeypatch):
     subject = toy("llava")
     batches = [subject.encode(toys.pair(subject))]
     assert not _crowded(subject, batches)
-    states = batches[0].inputs["input_ids"].numel() * subject.embedding.get_parameter("weight").shape[-1] * subject.dtype.itemsize
+    states = (
+        batches[0].inputs["input_ids"].numel() * subject.embedding.get_parameter("weight").shape[-1] * subject.dtype.itemsize
+    )
     monkeypatch.setattr(type(subject), "device", torch.device("cuda"))
     for free, crowded in ((states * 4, False), (states * 4 - 8, True)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, free))

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 from compress import recipe as recipes
@@ -143,6 +144,34 @@ def test_nothing_removed_is_bitwise_nothing(toy):
         smaller = compress(subject, [recipes.find_pass(title).model_validate(settings)])
         assert smaller.ledger == ()
         assert torch.equal(last_logits(smaller, encoded), last_logits(subject, encoded))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_leaves_no_half_model(toy, tmp_path, monkeypatch, error):
+    smaller = made(toy("llava"))
+
+    def full(folder, **options):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(smaller.model, "save_pretrained", full)
+    with pytest.raises(LedgerError, match="cannot be written: No space left on device"):
+        saving.save(smaller, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("one", "message"), [
+    ({"prune": {"sparsity": 1.5}}, "passes.0.prune.sparsity: Input should be less than 1"),
+    ({"prune": {"sparsity": 1}}, "passes.0.prune.sparsity: Input should be less than 1"),
+    ({"subnet": {"sparsity": -0.1}}, "passes.0.subnet.sparsity: Input should be greater than or equal to 0"),
+    ({"pyramid": {"keep": [1.5, 0.5, 0.2]}}, "a pyramid keeps shares from 0 to 1 of all tokens, not 1.5"),
+    ({"pyramid": {"keep": [-0.5, 0.5, 0.2]}}, "a pyramid keeps shares from 0 to 1 of all tokens, not -0.5"),
+    ({"tokens": {"method": "random", "budget": {"keep": -1}}}, "passes.0.tokens.budget.keep: Input should be greater than 0"),
+    ({"tokens": {"method": "random", "budget": {"keep": 1.5}}}, "keep is a share up to 1.0 or a whole number of tokens, and 1.5 is neither"),
+])  # fmt: skip
+def test_shares_beyond_nothing_and_all_are_refused(one, message):
+    with pytest.raises(RecipeError, match=message):
+        parse({"passes": [one]})
 
 
 def test_the_seed_of_a_recipe_is_that_of_every_pass_that_draws(toy):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from probe import Ablate, Example, Knockout, Lens, Mass, Patch, Patterns, Residual, Rows, load, trace
+from probe import Ablate, Example, Knockout, Lens, Mass, Patch, Patterns, Residual, Rows, load, sweep, trace
 from probe.errors import EditError, ExampleError
 from probe.tracing import last_logits
 from tests import toys
@@ -239,15 +239,45 @@ def test_the_model_is_as_it_was_after_traces_sweeps_and_errors(toy, pair):
     with pytest.raises(RuntimeError, match="stop here"):
         _broken(subject, pair)
     assert _state(subject) == before
+    sweep(subject, pair, [Knockout("last", "image")])
+    assert _state(subject) == before
+    sweep(subject, pair, [Knockout("last", "image"), Ablate("mlp_out", 1)], "naive")
+    assert _state(subject) == before
+    for method in ("replay", "naive"):
+        with pytest.raises(RuntimeError, match="stop here"):
+            _broken(subject, pair, lambda method=method: sweep(subject, pair, [Knockout("last", "image")], method))
+        assert _state(subject) == before
 
 
-def _broken(subject, pair):
+def test_hooks_of_the_caller_stay_and_fire(toy, pair):
+    """Somebody else's hooks run as often as the passes that were asked for, during and after, and none is taken off."""
+    subject = toy("llava")
+    fired = []
+    handles = [
+        subject.layers[1].register_forward_hook(lambda *a: fired.append("after")),
+        subject.layers[1].register_forward_pre_hook(lambda *a: fired.append("before")),
+    ]
+    try:
+        trace(subject, pair, [Mass(), Rows()], [Knockout("last", "image")])
+        assert fired == ["before", "after"]
+        sweep(subject, pair, [Knockout("last", "image")], "naive")
+        subject.generate(subject.encode(pair), 2)
+        passes = len(fired)
+        assert passes >= 2 * 4
+        last_logits(subject, subject.encode(pair))
+        assert fired[passes:] == ["before", "after"]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _broken(subject, pair, run=None):
     def stop(module, args, output):
         raise RuntimeError("stop here")
 
     handle = subject.layers[2].register_forward_hook(stop)
     try:
-        trace(subject, pair, [Mass()], [Knockout("last", "image")])
+        (run or (lambda: trace(subject, pair, [Mass()], [Knockout("last", "image")])))()
     finally:
         handle.remove()
 
@@ -260,7 +290,7 @@ def _state(subject):
         if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
     ]
     weights = sum(float(p.detach().double().sum()) for p in subject.model.parameters())
-    return hooks, kernels, weights
+    return hooks, kernels, weights, [p.requires_grad for p in subject.model.parameters()]
 
 
 def test_two_subjects_in_two_threads_do_not_see_each_other(pair):

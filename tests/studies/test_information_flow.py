@@ -217,6 +217,16 @@ def test_padding_on_the_right_gives_the_same_numbers(done, subject, tmp_path):
         np.testing.assert_allclose(right["flows"][name]["mass"], flow["mass"], atol=1e-5)
 
 
+def test_on_the_demo_hiding_the_picture_is_having_none(tmp_path):
+    """What the figure rests on: the model knows the answers, without its picture it guesses, and nothing cut is nothing changed."""
+    data = load_data("demo", 128)
+    found = information_flow(Setting(load("demo", device="cpu"), data, tmp_path / "r", batch=32), flows="image->last")
+    assert found["baseline_accuracy"] >= 0.95
+    assert abs(found["hidden_image_accuracy"] - found["no_image_accuracy"]) <= 0.05
+    assert found["empty_knockout_max_change"] <= 1e-5
+    assert 0 < found["cutoff_layer"] <= 8
+
+
 def test_every_study_is_found_and_asks_its_question():
     assert {page.stem for page in (Path(__file__).parents[2] / "docs/studies").glob("*.md")} == set(STUDIES)
     for name, (_, question) in STUDIES.items():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -36,6 +38,35 @@ def test_compress_says_what_it_made(made):
     assert "FLOPs of reading a prompt" in card
     assert "of 4 questions of demo" in card
     assert f"parameters: {found['measured']['parameters']:,}" in card
+
+
+def test_half_of_the_demo_is_measured_in_a_fresh_process_and_loads_in_plain_transformers(tmp_path):
+    few = ["--limit", "8", "--rounds", "0", "--tokens", "2", "--device", "cpu", "--quiet", "--json"]
+    made = command.last_line(["compress", "examples/half.yaml", "--model", "demo", "--out", str(tmp_path / "m"), *few])
+    asked = [
+        sys.executable,
+        "-m",
+        "studies.cli",
+        "measure",
+        "--model",
+        str(tmp_path / "m"),
+        "--data",
+        "demo",
+        "--out",
+        str(tmp_path / "r"),
+        *few,
+    ]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    found = json.loads(told.strip().splitlines()[-1])
+    assert set(KEYS) <= set(found)
+    for key in ("accuracy", "flops", "kv_bytes", "parameters"):
+        assert found[key] == made["measured"][key]
+    assert made["loads_in_transformers"] == "yes, without tokens"
+    code = "import sys; from transformers import AutoModelForImageTextToText as M; m = M.from_pretrained(sys.argv[1]); print(len(m.model.language_model.layers), sum(p.numel() for p in m.parameters()))"
+    plain = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert plain == ["7", str(found["parameters"])]
 
 
 def test_the_schema_of_recipes_is_printed():

@@ -1,6 +1,7 @@
 """A Run survives being killed, and refuses to mix what does not belong together."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,6 +103,33 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"part-a.parquet cannot be written: No space left on device"):
         run.write("a", [{"example": "x", "value": 1.0}])
     assert not list((tmp_path / "r/records").iterdir())
+
+
+def test_a_full_disk_leaves_no_half_figure_and_no_half_text(tmp_path, monkeypatch):
+    run = opened(tmp_path / "r")
+
+    class Paper:
+        def savefig(self, where, **options):
+            where.write_bytes(b"whole")
+
+    class Page:
+        def write_html(self, where, **options):
+            where.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match="the figure flow cannot be written to .*: No space left on device"):
+        run.figure("flow", Paper(), Page())
+    assert not list((tmp_path / "r/figures").iterdir())
+    before = sorted(path.name for path in (tmp_path / "r").iterdir())
+
+    def full(path, text):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"report.md cannot be written: No space left on device"):
+        run.write_text("report.md", "# report\n")
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == before
 
 
 def test_run_json_says_what_was_asked_with_what_and_how_it_went(tmp_path):
