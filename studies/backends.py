@@ -3,7 +3,7 @@
 Everything is measured side by side in one process on a LLaVA-shaped model with random weights, taking turns: the plain SDPA
 forward, for each backend a trace of one quantity in every layer, and what transformers itself gives with eager attention. What a
 backend does before its pass (a copy of the model's structure, for TransformerLens a bridge around it) is part of its time. Beside
-it stands what a store makes of full residuals, next to a plain safetensors file of the same bytes.
+it stands what a store makes of full residuals, next to a plain safetensors file of the same bytes. No data is read.
 """
 
 import os
@@ -24,8 +24,9 @@ from probe.recorders import Mass, Recorder, Residual, Rows
 from probe.store import Store, StoreWriter
 from probe.subject import Encoded, Subject
 from probe.tracing import Trace, last_logits, trace
+from studies.ratios import FIGURE, Goal, Measured, Panels, bounds, figure, head, lines, over, row
 from studies.run import Run
-from studies.speed import SCHEMA, eager_forward, interleaved, paired
+from studies.speed import SCHEMA, eager_forward, interleaved
 from studies.study import Summary, study
 
 QUANTITIES: dict[str, Recorder] = {
@@ -35,6 +36,7 @@ QUANTITIES: dict[str, Recorder] = {
 NAMES = ("hooks", *BACKENDS)
 EAGER = {"resid_post": "hidden_states", "rows": "attentions"}  # what transformers returns by itself
 WRITES = 8  # traces that a store takes in
+STORED = Goal(0.8, most=False)  # the rate of a store, over that of a plain file
 
 
 @study
@@ -48,7 +50,7 @@ def backends(
     vocabulary: int = 2000,
     image_side: int = 24,
     question: int = 24,
-    rounds: int = 5,
+    rounds: int = 7,
     out: Path | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -58,7 +60,8 @@ def backends(
     """What does it cost to read the same points through nnsight or TransformerLens?
 
     The sizes are those of the study `speed`. Each backend records `resid_post`, `attn_out` and `mlp_out` at every position, the mean
-    of `resid_post`, the attention `rows` of the last position and the group masses, in all layers.
+    of `resid_post`, the attention `rows` of the last position and the group masses, in all layers. Fewer than six rounds give no intervals. The model has random weights: `--model`, `--data` and `--limit`
+    change nothing.
     """
     from studies.speed_model import example, llava_shaped, placed
 
@@ -73,21 +76,19 @@ def backends(
     peaks = {name: peak_memory(call, target) for name, call in timed.items()}
     found = {
         backend: {
-            quantity: {
-                "time_over_forward": paired(seconds, f"{backend} {quantity}", "forward"),
-                "memory_over_forward": peaks[f"{backend} {quantity}"] / max(1, peaks["forward"]),
-                "max_difference": _difference(timed, backend, quantity),
-            }
+            quantity: _cost(timed, seconds, peaks, backend, quantity)
             for quantity in (EAGER if backend == "eager" else QUANTITIES)
         }
         for backend in (*NAMES, "eager")
     }
     stored = _stored(subject, encoded, rounds, target, quiet)
     seconds |= stored
-    summary: Summary = {"run": str(run.folder), "n_positions": len(encoded.maps[0]), **sizes, "backends": found,
-                        "store_over_plain_write": 1 / paired(stored, "store", "plain write")}  # fmt: skip
+    rate = over(stored, "plain write", "store")
+    summary: Summary = {"run": str(run.folder), "n": rounds, "n_positions": len(encoded.maps[0]), **sizes, "backends": found,
+                        "store_over_plain_write": rate.value, "intervals": {"store_over_plain_write": bounds(rate)}}  # fmt: skip
     rows = [{"what": name, "round": i, "seconds": s} for name, values in seconds.items() for i, s in enumerate(values)]
     run.write("all", rows + [{"what": f"peak {name}", "bytes": float(count)} for name, count in peaks.items()])
+    run.figure(FIGURE, *figure(_panels(summary), f"medians over {rounds} rounds with 95 % intervals; memory is counted once"))
     run.finish(summary, _report(summary))
     if not quiet:
         print(_table(summary), file=sys.stderr)
@@ -102,6 +103,18 @@ def _candidates(subject: Subject, encoded: Encoded) -> dict[str, Callable[[], An
     for quantity, output in EAGER.items():
         timed[f"eager {quantity}"] = partial(eager_forward, subject, encoded, output)
     return timed
+
+
+def _cost(
+    timed: dict[str, Callable[[], Any]], seconds: dict[str, list[float]], peaks: dict[str, int], backend: str, quantity: str
+) -> dict[str, Any]:
+    """What one trace costs, next to the plain forward, and how far its numbers are from the hooks'."""
+    name = f"{backend} {quantity}"
+    time = over(seconds, name, "forward")
+    return {
+        "time_over_forward": time.value, "memory_over_forward": peaks[name] / max(1, peaks["forward"]),
+        "max_difference": _difference(timed, backend, quantity), "intervals": {"time_over_forward": bounds(time)},
+    }  # fmt: skip
 
 
 def _stored(subject: Subject, encoded: Encoded, rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
@@ -156,21 +169,34 @@ def _eager_difference(timed: dict[str, Callable[[], Any]], quantity: str) -> flo
     return float((torch.stack(returned).float().cpu() - expected.float()).abs().max())
 
 
+def _panels(summary: Summary) -> Panels:
+    """Time and memory of every trace, and the rate of a store."""
+    every = [
+        (f"{backend}, {quantity}", found) for backend, quantities in summary["backends"].items() for quantity, found in quantities.items()
+    ]  # fmt: skip
+    return [
+        ("time / forward", [Measured(name, one["time_over_forward"], **one["intervals"]["time_over_forward"]) for name, one in every]),
+        ("memory / forward", [Measured(name, one["memory_over_forward"]) for name, one in every]),
+        ("rate of writing / plain write", [row(summary, "store_over_plain_write", "store, full residuals", STORED)]),
+    ]  # fmt: skip
+
+
 def _table(summary: Summary) -> str:
-    head = f"{summary['n_positions']} positions, {summary['layers']} layers, width {summary['width']}, {summary['dtype']} on {summary['device']}"
-    lines = [head, f"{'':<36}{'time / forward':>16}{'memory / forward':>18}{'max difference':>16}"]
+    told = [head(summary), f"{'':<36}{'time / forward':>16}{'':>16}{'memory / forward':>18}{'max difference':>16}"]
     for backend, quantities in summary["backends"].items():
         for quantity, found in quantities.items():
             time, memory, gap = (found[key] for key in ("time_over_forward", "memory_over_forward", "max_difference"))
-            lines.append(f"{backend:<17} {quantity:<18}{time:>16.2f}{memory:>18.2f}{gap:>16.1e}")
-    rate = summary["store_over_plain_write"]
-    lines.append(f"full residuals into a store: {rate:.2f} of the rate of a plain safetensors file (goal: at least 0.8)")
-    return "\n".join(lines)
+            between = Measured("", time, **found["intervals"]["time_over_forward"]).between()
+            told.append(f"{backend:<17} {quantity:<18}{time:>16.2f}  {between:<14}{memory:>18.2f}{gap:>16.1e}")
+    return "\n".join(
+        [*told, *lines([row(summary, "store_over_plain_write", "full residuals into a store / a plain file, rate", STORED)])]
+    )
 
 
 def _report(summary: Summary) -> str:
     return (
-        f"# Backends\n\nInterleaved rounds in one process; times are medians of the ratio to the plain forward within a round, memory "
-        f"is the peak of tensors over the plain forward's, and differences are the largest of any recorded number from the "
-        f"hooks' and of any logit from the plain forward's.\n\n```\n{_table(summary)}\n```\n"
+        f"# Backends\n\nInterleaved rounds in one process; times are medians of the ratio to the plain forward within a round, with 95 % intervals by "
+        f"order statistics (none with fewer than six rounds); memory is the peak of tensors over the plain forward's, and differences are the largest "
+        f"of any recorded number from the hooks' and of any logit from the plain forward's.\n\n![ratios](figures/{FIGURE}.png)\n\n```\n"
+        f"{_table(summary)}\n```\n"
     )

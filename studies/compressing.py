@@ -3,7 +3,7 @@
 Everything is measured side by side in one process on a LLaVA-shaped model with random weights, taking turns. Compared is what comes after the vision
 tower, choosing included: the measured time of a smaller model over the dense model's time in the same round, and that over the same ratio of FLOPs
 in closed form. The tower runs in both and is left out: with it every ratio would look better. Beside it stand the time that every reducer takes to
-choose, as a share of that dense time, and the bytes of real caches, against the formula.
+choose, as a share of that dense time, and the bytes of real caches, against the formula. No data is read.
 """
 
 import sys
@@ -31,6 +31,7 @@ from compress.tokens.choice import Seen
 from probe.backends.twin import twin
 from probe.errors import PassError
 from probe.subject import Encoded, Subject
+from studies.ratios import FIGURE, Goal, Measured, Panels, bounds, figure, head
 from studies.run import Run
 from studies.speed import interleaved
 from studies.study import Summary, progress, study
@@ -62,7 +63,8 @@ def compressing(
 ) -> Summary:
     """Does compression save the time that its FLOPs promise, and what does choosing cost?
 
-    The sizes are those of the study `speed`. `keep` is the share of visual tokens that stay; `rounds` how often everything takes its turn.
+    The sizes are those of the study `speed`. `keep` is the share of visual tokens that stay; `rounds` how often everything takes its turn (fewer than six
+    give no intervals). The model has random weights: `--model`, `--data` and `--limit` change nothing.
     """
     from studies.speed_model import example, llava_shaped, placed
 
@@ -78,7 +80,7 @@ def compressing(
     clips, most = _clips(subject, image_side, keep, rounds, quiet)
     dense = [one.prefill - one.vision for one in more["dense"]]
     summary: Summary = {
-        "run": str(run.folder), "n_positions": len(encoded.maps[0]), "n_visual": image_side**2, **asked, "promised": promised,
+        "run": str(run.folder), "n": rounds, "n_positions": len(encoded.maps[0]), "n_visual": image_side**2, **asked, "promised": promised,
         "choosing": chosen | {name: _held(most[name], [float(np.median(dense))] * rounds, CHOOSING) for name in clips},
     }  # fmt: skip
     summary["goals_met"] = all(row["verdict"] != "missed" for row in [*promised.values(), *summary["choosing"].values()])
@@ -88,6 +90,7 @@ def compressing(
         for name, series in most.items() for i, ms in enumerate(series)
     ]  # fmt: skip
     run.write("all", rows)
+    run.figure(FIGURE, *figure(_panels(summary), f"medians over {rounds} rounds with 95 % intervals"))
     run.finish(summary, _report(summary))
     if not quiet:
         print(_table(summary), file=sys.stderr)
@@ -140,11 +143,11 @@ def _promised(
                 records |= {f"dense beside {name}": times["dense"], name: times[name]}
                 share = _after(made, encoded) / _after(subject, encoded)
                 this, dense = ([t.prefill - t.vision for t in times[who]] for who in (name, "dense"))
+                after, whole = ratio(this, dense), ratio([t.prefill for t in times[name]], [t.prefill for t in times["dense"]])
                 found[name] = {
-                    "flops_ratio": share, "time_ratio": ratio(this, dense).value,
-                    **_held(this, [share * ms for ms in dense], PROMISED), "whole_prefill_ratio": ratio(
-                        [t.prefill for t in times[name]], [t.prefill for t in times["dense"]]
-                    ).value, "kv_exact": cached(made, encoded) == list(cost(made, encoded).kv_bytes),
+                    "flops_ratio": share, "time_ratio": after.value, **_held(this, [share * ms for ms in dense], PROMISED),
+                    "whole_prefill_ratio": whole.value, "kv_exact": cached(made, encoded) == list(cost(made, encoded).kv_bytes),
+                    "intervals": {"time_ratio": bounds(after), "whole_prefill_ratio": bounds(whole)},
                 }  # fmt: skip
     return found, records
 
@@ -215,10 +218,24 @@ def _clips(
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
+def _panels(summary: Mapping[str, Any]) -> Panels:
+    """Every promise, and every choice from the dearest to the cheapest."""
+    return [
+        (title, [Measured(name, found["value"], found["low"], found["high"], Goal(found["goal"])) for name, found in rows])
+        for title, rows in (
+            ("time / promised time", list(summary["promised"].items())), ("choosing / the dense model's reading", _dearest(summary)),
+        )
+    ]  # fmt: skip
+
+
+def _dearest(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(summary["choosing"].items(), key=lambda one: -one[1]["value"])
+
+
 def _table(summary: Mapping[str, Any]) -> str:
-    head = f"{summary['n_positions']} positions, {summary['n_visual']} of them visual, {summary['layers']} layers, width {summary['width']}, "
     lines = [
-        head + f"{summary['dtype']} on {summary['device']}",
+        head(dict(summary)),
+        f"{summary['n_visual']} of the positions are visual",
         "",
         f"{'after the tower':<28}{'FLOPs':>8}{'time':>8}{'time / promised':>28}   goal 1.15",
     ]
@@ -227,7 +244,7 @@ def _table(summary: Mapping[str, Any]) -> str:
         exact = "caches as the formula" if row["kv_exact"] else "CACHES DIFFER FROM THE FORMULA"
         lines.append(f"{name:<28}{row['flops_ratio']:>8.3f}{row['time_ratio']:>8.3f}{told:>28}   {row['verdict']}; {exact}")
     lines += ["", f"{'choosing':<28}{'share of the dense reading':>44}   goal 5 %"]
-    for name, row in sorted(summary["choosing"].items(), key=lambda one: -one[1]["value"]):
+    for name, row in _dearest(summary):
         told = f"{row['value']:.2%} {_between(row, '.2%')}"
         lines.append(f"{name:<28}{told:>44}   {row['verdict']}")
     return "\n".join(lines)
@@ -243,5 +260,5 @@ def _report(summary: Mapping[str, Any]) -> str:
     return (
         f"# Compressing\n\n*Does compression save the time that its FLOPs promise, and what does choosing cost?*\n\n{said} Medians of ratios within a "
         f"round, all models taking turns in one process, with intervals by order statistics. Compared is what comes after the vision tower, choosing "
-        f"included. A goal is met where the whole interval keeps it, missed where none of it does.\n\n```\n{_table(summary)}\n```\n"
+        f"included. A goal is met where the whole interval keeps it, missed where none of it does.\n\n![ratios](figures/{FIGURE}.png)\n\n```\n{_table(summary)}\n```\n"
     )

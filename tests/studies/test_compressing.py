@@ -17,18 +17,22 @@ def found(tmp_path_factory):
 
 def test_every_promise_and_every_reducer_is_measured(found):
     folder, said = found
+    assert said["n"] == 2
     assert list(said["promised"]) == ["fastv 0.25 at 1", "divprune 0.25", "without 1 layers", "width 0.5"]
     for row in said["promised"].values():
         assert row["kv_exact"]
         assert 0 < row["flops_ratio"] < 1
         assert row["value"] > 0
         assert row["goal"] == 1.15
+        assert all(row["intervals"][name] == {"low": None, "high": None} for name in ("time_ratio", "whole_prefill_ratio"))
     assert said["promised"]["without 1 layers"]["flops_ratio"] == pytest.approx(0.5, abs=0.05)
     assert set(said["choosing"]) == set(METHODS)
     assert all(row["value"] > 0 and row["goal"] == 0.05 for row in said["choosing"].values())
     report = (folder / "report.md").read_text()
     assert all(name in report for name in METHODS)
     assert "DIFFER" not in report
+    assert "![ratios](figures/ratios.png)" in report
+    assert (folder / "figures/ratios.png").is_file()
 
 
 def test_a_goal_is_met_missed_or_within_noise():
