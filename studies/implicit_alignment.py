@@ -30,6 +30,7 @@ SCHEMA = pa.schema([
     ("values", pa.list_(pa.float64())), ("vector", pa.list_(pa.float32())), ("n", pa.int32()), ("text", pa.string()),
 ])  # fmt: skip
 ANCHORS, PLANES = 16, 4  # examples that stand for the unmatched side; states that are drawn in the plane
+DRAWN = 256  # examples that are drawn there: their mean states are kept, and of no others
 
 
 @study
@@ -153,13 +154,25 @@ def _read(
     with InputSquares(part.subject, [s if w else None for s, w in zip(sides, wanted, strict=True)]) as squares:
         readings = read_alignment(part.subject, encoded, sides, anchors, words=any(i < words_limit for i, _ in examples))
     rows = [
-        row for (i, _), reading in zip(examples, readings, strict=True) for row in _reading_rows(part, reading, i < words_limit)
-    ]
+        row for (i, _), reading in zip(examples, readings, strict=True)
+        for row in [*_reading_rows(part, reading, i < words_limit), *(_plane_rows(part, reading) if i < DRAWN else ())]
+    ]  # fmt: skip
     rows += [
         _row(part, "", "squares", f"{side}/{name}", vector=total, n=sum(wanted))
         for (side, name), total in squares.totals.items()
     ]
+    rows += [_centroid(part, side, readings, [len(getattr(s, side)) for s in sides]) for side in SIDES]
     return rows + _sums(part, readings, [i for i, _ in examples])
+
+
+def _centroid(part: Part, side: str, readings: Sequence[Reading], counts: Sequence[int]) -> dict[str, Any]:
+    """The sum of all tokens of one side over some examples (state width): each one's mean states times its tokens (`counts`)."""
+    means = (
+        np.asarray(reading.norm[side]["norm_of_mean"])[:, None] * reading.units[side].astype(np.float64) * count
+        for reading, count in zip(readings, counts, strict=True)
+    )
+    total = sum(means, np.zeros(()))
+    return _row(part, "", "centroid", side, vector=total.ravel(), n=len(readings))
 
 
 def _row(part: Part, example: str, what: str, key: str, **rest: Any) -> dict[str, Any]:
@@ -185,11 +198,14 @@ def _reading_rows(part: Part, reading: Reading, words: bool) -> list[dict[str, A
     ]  # fmt: skip
     if words:
         curves += [("words", f"{as_read}/{kind}", v) for as_read, table in reading.words.items() for kind, v in table.items()]
-    rows = [_row(part, name, what, key, values=list(values)) for what, key, values in curves]
+    return [_row(part, name, what, key, values=list(values)) for what, key, values in curves]
+
+
+def _plane_rows(part: Part, reading: Reading) -> list[dict[str, Any]]:
+    """Unit mean states of both sides at a few states."""
     count = part.subject.n_layers + 1
     drawn = sorted({round(i * (count - 1) / (PLANES - 1)) for i in range(PLANES)})
-    rows += [_row(part, name, "plane", f"{side}/{i}", vector=reading.units[side][i]) for side in SIDES for i in drawn]
-    return rows
+    return [_row(part, reading.example, "plane", f"{side}/{i}", vector=reading.units[side][i]) for side in SIDES for i in drawn]
 
 
 def _sums(part: Part, readings: list[Reading], numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The implicit-alignment study's numbers, figures and words, made from its records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,16 @@ import pyarrow as pa
 import torch
 
 from probe.alignment import INTERVALS, SIDES
-from probe.analysis.alignment import MODES, NORMS, layers_for_vocabulary, mean_over_pairs, mean_over_unmatched
+from probe.analysis.alignment import (
+    DIAGONAL,
+    MODES,
+    NORMS,
+    in_the_plane,
+    layers_for_vocabulary,
+    mean_over_pairs,
+    mean_over_unmatched,
+    of_centroids,
+)
 from probe.analysis.stats import RESAMPLES, benjamini_hochberg, bootstrap_mean, correlate, sign_flip
 from probe.errors import DataError
 from probe.plots import alignment as plots
@@ -24,6 +33,7 @@ __all__ = ["figures", "report", "summarise"]
 SKILLS = ("accuracy", "existence", "hallucination")
 TESTED = ("accuracy", "hallucination")  # what the paper claims of
 READINGS = ("input", "same")
+GROUPS = 32  # of examples, each left out once for the interval of what is of all examples together
 STREAM = ("in", "mid", "out")  # sites of the residual stream; the others lie inside a block
 
 
@@ -40,7 +50,8 @@ def summarise(rows: pa.Table, parts: Sequence[Part], sparsity: float, seed: int)
         "p_value": first["similar"]["avg"]["p"],
         "iou": weights["across"], "chance_iou": weights["chance"], "permuted_iou": weights["permuted"],
         "magnitude_iou": weights["magnitude"], "correlation": members["correlation"],
-        "modalities": found, "spaces": _spaces(rows, parts), "weights": weights, "members": members["members"],
+        "modalities": found, "spaces": _spaces(rows, parts), "plane": _plane(rows, parts, seed), "weights": weights, "members": members["members"],
+        "growth": _growth(members["members"]),
     }  # fmt: skip
 
 
@@ -71,6 +82,7 @@ def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
         reason = next(iter(skipped(rows)), "the data set is empty")
         raise DataError(f"none of the {len(part.data)} {part.modality} examples could be used; the first: {reason}")
     similar = {mode: _paired(rows, "similar", mode, seed) for mode in MODES}
+    similar["global"] = _global(rows, *matched.shape)
     return {
         "model": part.subject.name, "data": part.data.name, "n": len(matched), "n_skipped": len(skipped(rows)),
         "skipped": skipped(rows),
@@ -78,7 +90,7 @@ def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
         "sites": {site: _site(rows, site, seed) for site in SITES}, "inside": _inside(rows, seed),
         "norm": {side: {kind: _curve(_curves(rows, "norm", f"{side}/{kind}"), seed) for kind in NORMS} for side in SIDES},
         "drift": {
-            side: {str(n): _curve(_curves(rows, "drift", f"{side}/{n}/diag_mean"), seed) for n in INTERVALS} for side in SIDES
+            side: {str(n): _drift(rows, f"{side}/{n}", seed) for n in INTERVALS} for side in SIDES
         },
         "words": {
             "states": layers_for_vocabulary(part.subject.n_layers + 1),
@@ -89,8 +101,17 @@ def _modality(rows: pa.Table, part: Part, seed: int) -> Summary:
         },
         "within": _within(rows), "within_interval": {side: _within_interval(rows, side, seed) for side in SIDES},
         "pairs": _pairs(rows, matched),
-        "plane": _plane(rows),
     }  # fmt: skip
+
+
+def _drift(rows: pa.Table, of: str, seed: int) -> dict[str, Any]:
+    """How like itself a token stays at each state, averaged over an example's tokens; under `modes` in every way, each with its mean over states."""
+    modes = {}
+    for mode in ("avg", *DIAGONAL):
+        values = _curves(rows, "drift", f"{of}/{mode}")
+        overall = interval(np.nanmean(values, 1), seed) if values.size else None
+        modes[mode] = {**_curve(values, seed), "overall": overall}
+    return {**{key: modes["diag_mean"][key] for key in ("mean", "low", "high", "n")}, "modes": modes}
 
 
 _KINDS = ("kl_zipped", "kl_of_means", "js_of_means", "entropy_p", "entropy_t")
@@ -215,12 +236,48 @@ def _pairs(rows: pa.Table, matched: np.ndarray) -> dict[str, list[float] | None]
     return {"all": everything, "unmatched": others.tolist()}
 
 
-def _plane(rows: pa.Table) -> dict[str, list[list[float]]]:
-    """Unit mean states of each side at a few states, an example after the other."""
-    keys = sorted(set(picked(rows, what="plane")["key"].to_pylist()))
+def _global(rows: pa.Table, examples: int, states: int) -> dict[str, Any]:
+    """The mode `global` at each state, its interval by a jackknife over groups of units; no interval with fewer than four of them.
+
+    All None where some of the examples were read before sums of all tokens were kept.
+    """
+    own = [picked(rows, what="centroid", key=side) for side in SIDES]
+    numbers = own[0]["n"].to_pylist()
+    if sum(numbers) != examples:
+        return {"mean": None, "low": None, "high": None, "n": 0, "groups": 0}
+    groups = min(GROUPS, len(numbers))
+    counts = [sum(numbers[i::groups]) for i in range(groups)]
+    p, t = (_by_group(side["vector"], groups, states) for side in own)
+    found = of_centroids(p, t, counts)
+    low, high = (None if np.isnan(end).all() else end.tolist() for end in (found.low, found.high))
+    return {"mean": found.value.tolist(), "low": low, "high": high, "n": examples, "groups": groups}
+
+
+def _by_group(vectors: pa.ChunkedArray, groups: int, states: int) -> np.ndarray:
+    """Sums of states added up by group (group state width), one unit after the other."""
+    made = np.zeros((groups, states, len(vectors[0]) // states))
+    for i, vector in enumerate(vectors):
+        made[i % groups] += vector.values.to_numpy().reshape(states, -1)
+    return made
+
+
+def _plane(rows: pa.Table, parts: Sequence[Part], seed: int) -> dict[str, Any]:
+    """Mean tokens in two dimensions: by state and way, the points of each kind, an example after the other."""
+    kinds = [(part.modality, side) for part in parts for side in SIDES]
+    own = picked(rows, what="plane")
+    states = sorted({int(key.split("/")[1]) for key in own["key"].to_pylist()})
+    points = {}
+    for state in states:
+        found = [picked(own, modality=name, key=f"{side}/{state}")["vector"] for name, side in kinds]
+        width = len(next(v for one in found for v in one))
+        clouds = [np.array([v.values.to_numpy() for v in one], dtype=np.float64).reshape(-1, width) for one in found]
+        points[str(state)] = {
+            way: {f"{name} {side}": cloud.tolist() for (name, side), cloud in zip(kinds, flat, strict=True)}
+            for way, flat in in_the_plane(clouds, seed).items()
+        }
     return {
-        key: [v.values.to_numpy().astype(np.float64).tolist() for v in picked(rows, what="plane", key=key)["vector"]]
-        for key in keys
+        "n": max((len(one) for ways in points.values() for each in ways.values() for one in each.values()), default=0),
+        "states": points,
     }
 
 
@@ -276,6 +333,33 @@ def _members(rows: pa.Table, seed: int) -> Summary:
     return {"members": members, "correlation": correlation if members else None}
 
 
+def _growth(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Score and skills along each training of which steps (`NAME@STEP`) are among the members, its end last where that is one too."""
+    named = {one["name"]: one for one in members}
+    saved: dict[str, list[int]] = {}
+    for name in named:
+        training, at, step = name.rpartition("@")
+        if at and step.isdigit():
+            saved.setdefault(training, []).append(int(step))
+    found = {}
+    for training, steps in saved.items():
+        path = {str(step): named[f"{training}@{step}"] for step in sorted(steps)}
+        path |= {"end": named[training]} if training in named else {}
+        if len(path) > 2:
+            along = {key: _along(list(path.values()), key) for key in (*READINGS, *SKILLS)}
+            found[training] = {"steps": list(path), **along}
+    return found
+
+
+def _along(path: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
+    """One number of each model in turn, as a curve; an end that a model lacks is the number itself."""
+    found = [one[key] for one in path if one.get(key)]
+    if len(found) < len(path):
+        return None
+    ends = {side: [one["value"] if one[side] is None else one[side] for one in found] for side in ("low", "high")}
+    return {"mean": [one["value"] for one in found], **ends, "n": min(one["n"] for one in found)}
+
+
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
@@ -287,5 +371,7 @@ def figures(run: Run, summary: Summary) -> None:
         drawn.append(("weights", plots.weights))
     if len(summary["members"]) > 1:
         drawn.append(("score-and-skill", plots.members))
+    if summary["growth"]:
+        drawn.append(("growth", plots.growth))
     for name, draw in drawn:
         run.figure(name, *draw(summary))

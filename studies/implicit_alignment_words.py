@@ -170,7 +170,10 @@ def _figures(summary: Summary) -> list[str]:
         "interval over examples: the perceptual side as it enters the model (as the paper scores models), or at the same state as the words. "
         "Raw cosines say little, since all states of a layer may point one way: read them beside the unmatched pairs.", "",
         "![alignment](figures/alignment.png)", "",
-        "Bands are 95 % bootstrap intervals; unmatched pairs are an example's tokens with the words of a fixed few others.", "",
+        "Bands are 95 % bootstrap intervals; unmatched pairs are an example's tokens with the words of a fixed few others. The centroids of all tokens "
+        "of all examples are the published code's global similarity, one number at each state; its interval is a jackknife over groups of examples, and "
+        "there is none with fewer than four units of work.", "",
+        "Every mode in the middle of the model, for an example's own words and those of others (two of them, for `avg` all). `global` knows no pairs:", "", *_modes(summary), "",
         "## Inside the block", "", "![inside the block](figures/inside-the-block.png)", "",
         "Sites in the order of the computation: what enters the block, the normed input of attention, what attention adds, the stream between, the "
         "normed input of the feed-forward block, its inner activation, what it adds, what leaves. Layers averaged. The gap is matched less unmatched, "
@@ -199,7 +202,57 @@ def _figures(summary: Summary) -> list[str]:
             "Each point is a model; its bars are intervals over examples, the interval of r is a bootstrap over models. Models that are steps of one "
             "training are not independent of one another: what rises along training correlates with whatever else does.", "",
         ]  # fmt: skip
+    return lines + _growth(summary)
+
+
+def _modes(summary: Summary) -> list[str]:
+    """Every mode in the middle of the model, and the one that is of all examples together."""
+    modalities = summary["modalities"]
+    middle = {name: len(one["similar"]["avg"]["matched"]["mean"]) // 2 for name, one in modalities.items()}
+    lines = [
+        f"| mode | {' | '.join(f'{name}, state {middle[name]}' for name in modalities)} |",
+        "|---" * (len(modalities) + 1) + "|",
+    ]
+    for mode in next(iter(modalities.values()))["similar"]:
+        cells = []
+        for name, one in modalities.items():
+            found, at = one["similar"][mode], middle[name]
+            others = None if mode == "global" else found["unmatched"]["mean"]
+            told = _at(found if mode == "global" else found["matched"], at)
+            cells.append(told if others is None else f"{told}; others {others[at]:.3f}")
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
     return lines
+
+
+def _growth(summary: Summary) -> list[str]:
+    """Score and skills step by step, of each training of which steps were saved."""
+    if not summary["growth"]:
+        return []
+    alone = [one["name"] for one in summary["members"] if "@" not in one["name"] and one["name"] not in summary["growth"]]
+    lines = ["## Along training", "", "![growth](figures/growth.png)", ""]
+    for name, one in summary["growth"].items():
+        lines += [
+            f"| step of {name} | score, tokens as they enter | score, same layer | questions answered | absent things affirmed |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {step} | " + " | ".join(_at(one[key], i) for key in ("input", "same", "accuracy", "hallucination")) + " |"
+                for i, step in enumerate(one["steps"])
+            ), "",
+        ]  # fmt: skip
+    told = f" Of {', '.join(alone)} no step is among the models that were compared." if alone else ""
+    return [
+        *lines, "A row is the model that training had by that step, and `end` the model as it is; the figure sets steps at equal distances."
+        f"{told}", "",
+    ]  # fmt: skip
+
+
+def _at(curve: Mapping[str, Any] | None, place: int) -> str:
+    """One point of a curve with its interval; a dash where there is no curve."""
+    if curve is None or curve["mean"] is None:
+        return "-"
+    if curve["low"] is None:
+        return f"{curve['mean'][place]:.3f} (no interval)"
+    return ranged({"value": curve["mean"][place], "low": curve["low"][place], "high": curve["high"][place]})
 
 
 def _sites(summary: Summary) -> list[str]:
@@ -217,9 +270,22 @@ def _number(found: Mapping[str, Any] | None) -> str:
 
 
 def _drift(summary: Summary) -> list[str]:
-    parts = []
+    """How like itself a token is a layer on and eight, in every way, averaged over states."""
+    lines = [f"| | layers on | {' | '.join(DRIFTS.values())} |", "|---" * (len(DRIFTS) + 2) + "|"]
     for name, one in summary["modalities"].items():
-        p, t = (one["drift"][side]["1"]["mean"] for side in ("perceptual", "textual"))
-        if p and t:
-            parts.append(f"{name} {sum(p) / len(p):.2f} against {sum(t) / len(t):.2f} of its words")
-    return [f"A token's cosine with itself one layer on, averaged over layers: {'; '.join(parts)}.", ""] if parts else []
+        for side, kind in (("perceptual", "tokens"), ("textual", "words")):
+            for layers, found in one["drift"][side].items():
+                if found["mean"] is not None:
+                    cells = [_number(found["modes"][mode]["overall"]) for mode in DRIFTS]
+                    lines.append(f"| {name} {kind} | {layers} | {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return []
+    return [
+        "A token's cosine with itself some layers on, averaged over states, over an example's tokens in three ways, and that of its mean token:",
+        "",
+        *lines,
+        "",
+    ]
+
+
+DRIFTS = {"diag_mean": "mean token by token", "diag_median": "median", "diag_max": "maximum", "avg": "of the mean token"}

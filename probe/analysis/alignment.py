@@ -9,11 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
-MODES = ("avg", "avg_trimmed", "max", "min", "mean", "median", "max_mean")
+from probe.analysis.stats import Interval
+
+MODES = ("avg", "avg_trimmed", "max", "min", "mean", "median", "max_mean")  # of one pair of sets; `global` is over all examples
 DIAGONAL = ("diag_mean", "diag_median", "diag_max")
 NORMS = ("norm_of_mean", "norm_min", "norm_median", "norm_max")
 DIVERGENCES = ("kl_zipped", "kl_of_means", "js_of_means", "entropy_p", "entropy_t")
@@ -113,6 +117,38 @@ def mean_over_unmatched(
     return ((a.double() * b.double()).sum(-1) - matched.double()) / (n * (n - 1))
 
 
+def of_centroids(
+    p: Float[np.ndarray, "group state width"], t: Float[np.ndarray, "group state width"], counts: Sequence[int]
+) -> Interval:
+    """The mode `global` at each state: the cosine of both sides' centroids over all tokens of all examples (appendix E.1).
+
+    From the sums of all token states of some groups of examples, each of so many (`counts`): memory does not grow with examples. The 95 % interval is
+    a jackknife that leaves one group out at a time, which may differ in size (Busing, Meijer and van der Leeden 1999), with Student's t, on
+    Fisher's scale, where a cosine has no bounds. Its ends are NaN with fewer than four groups. That centroids of few examples are less alike than
+    those of many is no matter of the interval.
+    """
+    value = _cosines(p.sum(0), t.sum(0))
+    groups = len(p)
+    if groups < 4:
+        return Interval(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+    whole, without = _fisher(value), _fisher(_cosines(p.sum(0) - p, t.sum(0) - t))
+    size = np.asarray(counts, dtype=np.float64)[:, None]
+    times = size.sum() / size
+    centre = groups * whole - ((1 - 1 / times) * without).sum(0)
+    variance = ((times * whole - (times - 1) * without - centre) ** 2 / (times - 1)).mean(0)
+    half = stats.t.ppf(0.975, groups - 1) * np.sqrt(variance)
+    return Interval(value, np.tanh(whole - half), np.tanh(whole + half))
+
+
+def _cosines(a: Float[np.ndarray, "*any width"], b: Float[np.ndarray, "*any width"]) -> Float[np.ndarray, "*any"]:
+    """As `cosine`, in the precision that sums over many examples want; 0 with a vector that is zero."""
+    return np.asarray((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12))
+
+
+def _fisher(cosines: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    return np.arctanh(np.clip(cosines, -1 + 1e-12, 1 - 1e-12))
+
+
 @dataclass(frozen=True)
 class Spoken:
     """The vocabulary distributions of a set of tokens: log-probabilities of each and of their mean, and their mean entropy in nats."""
@@ -163,3 +199,20 @@ def layers_for_vocabulary(n_states: int, count: int = 10) -> list[int]:
 def score(similar: Sequence[float]) -> float:
     """The IMA score: the mean over layers of an example's similarities (Fig. 9 of arXiv 2405.16700)."""
     return sum(similar) / len(similar)
+
+
+def in_the_plane(clouds: Sequence[Float[np.ndarray, "_ width"]], seed: int = 0) -> dict[str, list[Float[np.ndarray, "_ 2"]]]:
+    """Kinds of states laid out together, by `PCA` and by `t-SNE` (perplexity 30, or what so few points allow): by way, the points of each kind.
+
+    A way that wants more points than there are is left out: PCA three, t-SNE seven.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    together = np.concatenate(list(clouds))
+    made = {"PCA": PCA(2, random_state=seed).fit_transform(together)} if len(together) > 2 else {}
+    near = min(30.0, (len(together) - 1) / 3)
+    if near >= 2:
+        made["t-SNE"] = TSNE(2, perplexity=near, init="pca", random_state=seed).fit_transform(together)
+    ends = np.cumsum([len(cloud) for cloud in clouds])[:-1]
+    return {way: np.split(points, ends) for way, points in made.items()}

@@ -25,7 +25,7 @@ def _states(count: int) -> list[int]:
 
 
 def similarity(summary: Summary) -> Pair:
-    """Matched beside unmatched similarity at each state, a panel for each modality."""
+    """Matched beside unmatched similarity at each state and the centroids of all examples, a panel for each modality."""
     drawn, x = [], []
     for name, one in summary["modalities"].items():
         found, lines = one["similar"]["avg"], []
@@ -35,9 +35,14 @@ def similarity(summary: Summary) -> Pair:
         if one["within"]["perceptual"] is not None:
             within = one["within_interval"]["perceptual"] or {"mean": one["within"]["perceptual"]}
             lines.append(("perceptual tokens of other examples", within, COLOURS[2], True))
+        if one["similar"]["global"]["mean"] is not None:
+            lines.append(("centroids of all tokens of all examples", one["similar"]["global"], COLOURS[1], False))
         drawn.append((f"{_title(name)} (n = {one['n']})", lines))
         x.append(_states(len(found["matched"]["mean"])))
-    return panels.curves(drawn, x, "state (0 enters the model)", "cosine of mean tokens")
+    figure, page = panels.curves(drawn, x, "state (0 enters the model)", "cosine of mean tokens")
+    if len(drawn) < 3:  # four names side by side are wider than two panels
+        figure.legends[0].set_ncols(2 if len(drawn) > 1 else 1)
+    return figure, page
 
 
 def _title(name: str) -> str:
@@ -107,8 +112,8 @@ def _short(kinds: Sequence[str]) -> list[str]:
 def plane(summary: Summary) -> Pair:
     """Mean tokens of every example in the plane, by PCA above and t-SNE below, at a few states: do the kinds lie apart?"""
     kinds = [(name, side) for name in summary["modalities"] for side in ("perceptual", "textual")]
-    states = sorted({int(key.split("/")[1]) for one in summary["modalities"].values() for key in one["plane"]})
-    clouds = [_projected(summary, kinds, state) for state in states]
+    states = [int(state) for state in summary["plane"]["states"]]
+    clouds = [_clouds(ways, kinds) for ways in summary["plane"]["states"].values()]
     with styled() as figure_class:
         figure = figure_class(figsize=(2.7 * len(states) + 0.4, 5.9))
         axes = figure.subplots(2, len(states), squeeze=False)
@@ -120,7 +125,12 @@ def plane(summary: Summary) -> Pair:
                 axis.set(title=f"state {state}" if row == 0 else "", xticks=[], yticks=[], ylabel=way if column == 0 else "")
                 axis.grid(False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, markerscale=2)
-    return panels.noted((figure, _plane_page(clouds, states, kinds)), _counted(summary, "one mark is one example's mean token"))
+    about = f"one mark is the mean token of one of at most {summary['plane']['n']} examples"
+    return panels.noted((figure, _plane_page(clouds, states, kinds)), _counted(summary, about))
+
+
+def _clouds(ways: Mapping[str, Any], kinds: Sequence[tuple[str, str]]) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    return {way: {kind: np.array(found[" ".join(kind)]).reshape(-1, 2) for kind in kinds} for way, found in ways.items()}
 
 
 def _kind(kind: tuple[str, str]) -> str:
@@ -134,20 +144,6 @@ def _mark(kind: tuple[str, str]) -> dict[str, Any]:
         if kind[1] == "perceptual"
         else {"edgecolors": colour, "facecolors": "none", "marker": "s"}
     )
-
-
-def _projected(summary: Summary, kinds: Sequence[tuple[str, str]], state: int) -> dict[str, dict[tuple[str, str], np.ndarray]]:
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    found = [np.array(summary["modalities"][name]["plane"][f"{side}/{state}"]) for name, side in kinds]
-    ends = np.cumsum([len(part) for part in found])
-    together = np.concatenate(found)
-    made = {"PCA": PCA(2, random_state=0).fit_transform(together)} if len(together) > 2 else {}
-    near = min(30.0, (len(together) - 1) / 3)
-    if near >= 2:
-        made["t-SNE"] = TSNE(2, perplexity=near, init="pca", random_state=0).fit_transform(together)
-    return {way: dict(zip(kinds, np.split(points, ends[:-1]), strict=True)) for way, points in made.items()}
 
 
 def _plane_page(clouds: Sequence[Mapping[str, Any]], states: Sequence[int], kinds: Sequence[tuple[str, str]]) -> Any:
@@ -303,6 +299,40 @@ def members(summary: Summary) -> Pair:
                     ylabel=title if column == 0 else "",
                 )
     return figure, _members_page(found, skills, readings)
+
+
+def growth(summary: Summary) -> Pair:
+    """Along each training of which steps were saved: the score in both readings, and beside it what the model can do."""
+    drawn: list[tuple[str, list[Line]]] = []
+    steps: list[list[str]] = []
+    for name, one in summary["growth"].items():
+        for title, told in ((f"IMA score of {name}", SCORED), (f"What {name} can do", SKILLED)):
+            known = [(label, one[key], tint, dashed) for key, label, tint, dashed in told if one[key] is not None]
+            if known:
+                drawn.append((title, known))
+                steps.append(one["steps"])
+    figure, page = panels.curves(drawn, [_states(len(own)) for own in steps], "step of training", "", share=False)
+    for column, (axis, own, (_, lines)) in enumerate(zip(figure.axes, steps, drawn, strict=True), 1):
+        label = "share of questions" if lines[0][0] in {told for _, told, *_ in SKILLED} else "cosine of mean tokens"
+        axis.set_xticks(range(len(own)), own, rotation=45 if len(own) > 6 else 0)
+        axis.set_ylabel(label)
+        page.update_xaxes(tickvals=_states(len(own)), ticktext=own, col=column).update_yaxes(title_text=label, col=column)
+    figure.set_size_inches(4.3 * len(drawn), 3.7)
+    return panels.noted((figure, page), f"{_asked(summary)}; bands: 95 % intervals; steps of one training are not independent")
+
+
+# what is drawn of a training: key in the summary, label, colour, dashed
+SCORED = (("input", "score: tokens as they enter", COLOURS[0], False), ("same", "score: the same layer", COLOURS[1], False))
+SKILLED = (
+    ("accuracy", "questions answered", COLOURS[2], True), ("hallucination", "absent things affirmed", COLOURS[3], True),
+)  # fmt: skip
+
+
+def _asked(summary: Summary) -> str:
+    """How many examples and questions each model of a training was given."""
+    one = next(iter(summary["growth"].values()))
+    counts = [(one["input"], "examples"), (one["hallucination"], "questions about absent things")]
+    return "n = " + ", ".join(f"{curve['n']} {of}" for curve, of in counts if curve is not None)
 
 
 def _sentence(line: Mapping[str, Any]) -> str:

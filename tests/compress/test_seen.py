@@ -18,6 +18,7 @@ from probe import Example
 from probe.errors import PassError
 from probe.tracing import last_logits
 from tests import toys
+from tests.compress.cases import CLIPS
 from tests.oracles import reducers as oracle
 from tests.oracles.attention import eager_patterns
 
@@ -111,8 +112,7 @@ def test_no_neighbour_and_no_padding_changes_a_choice(toy, name):
         smaller = compress(subject, [Tokens(method=name, budget=Budget(keep=4))])
         examples = toys.pair(subject)
         alone = torch.cat([last_logits(smaller, subject.encode(one)) for one in examples])
-    except PassError as error:
-        assert "frames" in str(error) or "clip" in str(error)
+    except PassError:  # methods of clips
         alone_and_together.append((name, "refused"))
         return
     plain = last_logits(subject, subject.encode(examples))
@@ -128,7 +128,7 @@ def test_no_neighbour_and_no_padding_changes_a_choice(toy, name):
 
 def test_how_many_methods_were_compared():
     assert len(alone_and_together) == len(METHODS)
-    assert sum(how == "same" for _, how in alone_and_together) == len(METHODS) - 3
+    assert {name for name, how in alone_and_together if how == "refused"} == set(CLIPS)
 
 
 def test_words_are_those_after_the_picture(toy):

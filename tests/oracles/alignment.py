@@ -26,6 +26,18 @@ def mean_over_pairs(a: np.ndarray, b: np.ndarray, unmatched: bool = False) -> fl
     return float(np.mean(found))
 
 
+def of_centroids(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """The cosine of the centroids of all tokens of all examples (token width), one token after the other."""
+    centres = []
+    for examples in (a, b):
+        total, count = np.zeros(examples[0].shape[1]), 0
+        for example in examples:
+            for token in example:
+                total, count = total + token.astype(np.float64), count + 1
+        centres.append(total / count)
+    return cos(*centres)
+
+
 def wanda_kept(weight: np.ndarray, squares: np.ndarray, sparsity: float) -> np.ndarray:
     kept = np.ones(weight.shape, bool)
     for row in range(weight.shape[0]):

@@ -65,6 +65,44 @@ def test_the_mean_over_all_pairs_needs_no_loop():
     assert others == pytest.approx(oracle.mean_over_pairs(a, b, unmatched=True), abs=1e-6)
 
 
+@pytest.fixture
+def crowds():
+    """Perceptual and textual tokens of ten examples, of as many tokens as each happens to have."""
+    rng = np.random.default_rng(4)
+    return [[rng.normal(size=(rng.integers(2, 9), 5)) + shift for _ in range(10)] for shift in (1.0, np.arange(5.0))]
+
+
+def _summed(crowd, cuts):
+    """Sums over groups of examples (group state width) of one state."""
+    return np.stack([np.concatenate(part).sum(0) for part in (crowd[a:b] for a, b in itertools.pairwise(cuts))])[:, None]
+
+
+def test_centroids_and_their_interval_are_those_of_the_loops(crowds):
+    cuts = range(0, 11, 2)
+    found = ima.of_centroids(*(_summed(crowd, cuts) for crowd in crowds), [2] * 5)
+    assert found.value[0] == pytest.approx(oracle.of_centroids(*crowds), abs=1e-12)
+    without = [np.arctanh(oracle.of_centroids(*([*crowd[:a], *crowd[a + 2 :]] for crowd in crowds))) for a in range(0, 10, 2)]
+    error = (4 / 5 * sum((one - np.mean(without)) ** 2 for one in without)) ** 0.5  # groups of one size: the plain jackknife
+    middle, reach = np.arctanh(oracle.of_centroids(*crowds)), 2.776445 * error  # Student's t of four degrees of freedom
+    assert np.arctanh([found.low[0], found.high[0]]) == pytest.approx([middle - reach, middle + reach], abs=1e-6)
+
+
+def test_centroids_do_not_depend_on_how_examples_are_grouped(crowds):
+    groupings = [(0, 10), (0, 3, 6, 10), (0, 1, 4, 5, 9, 10)]
+    made = [ima.of_centroids(*(_summed(c, cuts) for c in crowds), np.diff(cuts).tolist()) for cuts in groupings]
+    for one in made:
+        assert one.value[0] == pytest.approx(made[0].value[0], abs=1e-12)
+    assert np.isnan(made[1].low[0])  # three groups say too little
+    assert -1 < made[2].low[0] < made[2].value[0] < made[2].high[0] < 1
+    p, t = (_summed(crowd, groupings[2]) for crowd in crowds)
+    counts = np.diff(groupings[2]).tolist()
+    np.testing.assert_allclose(ima.of_centroids(7 * p, t, counts), made[2])  # lengths do not matter
+    order = [3, 0, 4, 1, 2]
+    np.testing.assert_allclose(ima.of_centroids(p[order], t[order], [counts[i] for i in order]), made[2])
+    same = ima.of_centroids(p, p, counts)
+    assert (same.value[0], same.low[0], same.high[0]) == pytest.approx((1, 1, 1))
+
+
 def test_divergences_have_their_known_values():
     uniform = torch.full((3, 8), 1 / 8).log()
     same = ima.divergences(uniform, uniform)
@@ -248,3 +286,24 @@ def test_input_squares_are_those_of_the_inputs(toy):
     for (side, name), total in squares.totals.items():
         picked = inputs[name][0, torch.from_numpy(getattr(sides[0], side))]
         np.testing.assert_allclose(total, picked.double().square().sum(0).numpy(), rtol=1e-5)
+
+
+def test_kinds_that_lie_apart_lie_apart_in_the_plane():
+    rng = np.random.default_rng(0)
+    far = np.zeros(12)
+    far[3] = 40.0
+    clouds = [rng.normal(size=(20, 12)), far + rng.normal(size=(15, 12))]
+    found = ima.in_the_plane(clouds, seed=1)
+    assert set(found) == {"PCA", "t-SNE"}
+    for points in found.values():
+        assert [part.shape for part in points] == [(20, 2), (15, 2)]
+        middle = [part.mean(0) for part in points]
+        spread = max(np.linalg.norm(part - m, axis=1).max() for part, m in zip(points, middle, strict=True))
+        assert np.linalg.norm(middle[0] - middle[1]) > spread
+    again = ima.in_the_plane(clouds, seed=1)
+    assert all(np.array_equal(a, b) for way in found for a, b in zip(found[way], again[way], strict=True))
+    together = np.concatenate(clouds) - np.concatenate(clouds).mean(0)  # PCA by hand, up to the sign of each axis
+    axes = np.linalg.svd(together, full_matrices=False)[2][:2]
+    np.testing.assert_allclose(np.abs(np.concatenate(found["PCA"])), np.abs(together @ axes.T), atol=1e-8)
+    assert ima.in_the_plane([np.zeros((1, 4)), np.ones((1, 4))]) == {}
+    assert set(ima.in_the_plane([rng.normal(size=(3, 4)), rng.normal(size=(2, 4))])) == {"PCA"}

@@ -8,15 +8,17 @@ import torch
 from typer.testing import CliRunner
 
 from probe import Example, load
+from probe.alignment import sides_of
 from probe.analysis.overlap import iou, magnitude_kept, wanda_kept
 from probe.analysis.stats import wilson
 from probe.calibration import linear_maps
 from probe.errors import DataError, StudyError
+from probe.plots import alignment as plots
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.family import load_member, members
 from studies.implicit_alignment import ANCHORS, _chosen, _digest, implicit_alignment
-from studies.implicit_alignment_report import _members
+from studies.implicit_alignment_report import _global, _growth, _members
 from studies.implicit_alignment_words import _aligned, _predicts
 from studies.modalities import Part
 from studies.study import Setting
@@ -49,12 +51,83 @@ def test_it_says_what_was_asked(run):
         f"{r} and {s}" for r in ("input", "same") for s in ("accuracy", "existence", "hallucination")
     }
     assert found["correlation"]["same and accuracy"]["n"] == 4
+    drift = found["modalities"]["image"]["drift"]["perceptual"]["1"]
+    modes = {mode: drift["modes"][mode]["mean"] for mode in ("diag_mean", "diag_median", "diag_max", "avg")}
+    assert modes["diag_mean"] == drift["mean"]
+    assert all(len(values) == 8 for values in modes.values())
+    assert all(most >= mean - 1e-6 for most, mean in zip(modes["diag_max"], modes["diag_mean"], strict=True))
+    grown = found["growth"]["demo:frozen"]
+    assert grown["steps"] == ["0", "500", "end"]
+    scores = {one["name"]: one["same"]["value"] for one in found["members"]}
+    assert grown["same"]["mean"] == [scores[name] for name in ("demo:frozen@0", "demo:frozen@500", "demo:frozen")]
+    assert len(found["plane"]["states"]) == 4
+    assert {
+        len(points) for ways in found["plane"]["states"].values() for each in ways.values() for points in each.values()
+    } == {12}
     report = (folder / "report.md").read_text()
+    assert "| 500 | " in report
     assert all(f"| {i}. " in report for i in range(1, 5))
     assert "nan" not in (folder / "summary.json").read_text().lower().replace("nance", "")
     assert {path.name for path in (folder / "figures").glob("*.png")} == {
-        f"{name}.png" for name in ("alignment", "inside-the-block", "norms-and-drift", "plane", "score-and-skill", "spaces", "vocabulary", "weights")
+        f"{name}.png" for name in ("alignment", "growth", "inside-the-block", "norms-and-drift", "plane", "score-and-skill", "spaces", "vocabulary", "weights")
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["demo:frozen", "llava", "qwen2_vl"])
+def test_global_similarity_is_that_of_centroids_over_all_tokens(toy, tmp_path, name):
+    """The slow way: every token of every example added up, in float64; and whatever the size of the units."""
+    subject = load(name) if name.startswith("demo") else toy(name)
+    data = load_data("demo", 5) if name.startswith("demo") else Data("toys", tuple(toys.pair(subject)), "t")
+    sums = {side: np.zeros((subject.n_layers + 1, 1)) for side in ("perceptual", "textual")}
+    for example in data.examples:
+        encoded = subject.encode(example)
+        with torch.no_grad():
+            states = subject.model(**encoded.inputs, output_hidden_states=True).hidden_states
+        sides = sides_of(encoded.maps[0], example, "image")
+        for side in sums:
+            sums[side] = sums[side] + np.stack([state[0, getattr(sides, side)].double().sum(0).numpy() for state in states])
+    p, t = sums.values()
+    expected = (p * t).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(t, axis=1)
+    for size in (1, len(data)):
+        made = implicit_alignment(
+            Setting(subject, data, tmp_path / str(size), batch=size), modalities="image", family="none", words_limit=1
+        )["modalities"]["image"]["similar"]["global"]
+        np.testing.assert_allclose(made["mean"][:-1], expected[:-1], atol=1e-5)  # the last that transformers gives is normed
+        assert made["n"] == len(data)
+        assert (made["low"] is None) == (made["groups"] < 4)
+
+
+def test_examples_without_their_sums_have_no_global_similarity():
+    """Of a run that was begun before sums of all tokens were kept, half of the examples would be half of an answer."""
+    rows = pa.Table.from_pylist(
+        [{"what": "centroid", "key": side, "vector": [1.0, 2.0, 3.0, 4.0], "n": 2} for side in ("perceptual", "textual")]
+    )
+    assert _global(rows, 2, 2)["mean"] == pytest.approx([1, 1])
+    assert _global(rows, 4, 2)["mean"] is None
+    assert _global(rows.slice(0, 0), 2, 2)["mean"] is None
+
+
+def _member_at(name, value):
+    one = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 5}
+    return {"name": name, "input": one, "same": {**one, "low": None, "high": None}, "accuracy": one, "hallucination": None}
+
+
+def test_growth_goes_by_steps_and_draws_every_training():
+    names = ["a@100", "a@20", "other", "a", "b@1", "b@2", "b@3", "c@7", "c@main"]
+    grown = _growth([_member_at(name, i / 10) for i, name in enumerate(names)])
+    assert {name: one["steps"] for name, one in grown.items()} == {"a": ["20", "100", "end"], "b": ["1", "2", "3"]}
+    assert grown["a"]["input"]["mean"] == [0.1, 0.0, 0.3]
+    assert grown["b"]["same"]["low"] == grown["b"]["same"]["mean"]
+    assert grown["a"]["hallucination"] is None
+    figure, page = plots.growth({"growth": grown})
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "IMA score of a", "What a can do", "IMA score of b", "What b can do",
+    ]  # fmt: skip
+    assert [[tick.get_text() for tick in axis.get_xticklabels()] for axis in figure.axes[1:3]] == [
+        ["20", "100", "end"], ["1", "2", "3"],
+    ]  # fmt: skip
+    assert [len(axis.lines) for axis in figure.axes] == [2, 1, 2, 1]
+    assert len({trace.name for trace in page.data if trace.name}) == 3
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_no_half_figure_and_no_half_text(tmp_path, monkeypatc
             where.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(RunError, match="the figure flow cannot be written to .*: No space left on device"):
+    with pytest.raises(RunError, match=r"the figure flow cannot be written to .*: No space left on device"):
         run.figure("flow", Paper(), Page())
     assert not list((tmp_path / "r/figures").iterdir())
     before = sorted(path.name for path in (tmp_path / "r").iterdir())
