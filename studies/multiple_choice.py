@@ -2,7 +2,8 @@
 
 Two ways to read a choice off a model, on the same questions: the option that its answer names, and the option whose own words it finds
 likeliest (SEED-Bench, arXiv 2307.16125). Whether the two agree, whether likelihood knows how sure to be (ChEF, arXiv 2311.02692), and whether the
-order in which options are shown decides (MMBench's circular accuracy, arXiv 2307.06281).
+order in which options are shown decides (MMBench's circular accuracy, arXiv 2307.06281). Data of triplets has MMEvalPro's scores as well (arXiv
+2407.00468).
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,17 @@ from probe.errors import ExampleError, StudyError, did_you_mean
 from probe.example import Example
 from probe.likelihood import Likelihood, Method, Reduce, cannot_share, score_options
 from probe.subject import Subject
+from studies.asking import alike
 from studies.run import Run, finite
 from studies.study import Setting, Summary, describe, study
+from studies.tasks.relabelling import MOST, ORIGIN, SETTINGS, parse_label, relabelled
 from studies.tasks.scores_choice import listed, parse_choice, rotations
 from studies.work import Rows, read_units, sift
 
 SCHEMA = pa.schema([
     ("example", pa.string()), ("what", pa.string()), ("kind", pa.string()), ("rotation", pa.int32()), ("text", pa.string()), ("count", pa.int32()),
     ("right", pa.int32()), ("chosen", pa.int32()), ("sums", pa.list_(pa.float64())), ("tokens", pa.list_(pa.int32())), ("bytes", pa.list_(pa.int32())),
+    ("labels", pa.string()), ("group", pa.string()), ("triplet", pa.string()), ("part", pa.string()),
 ])  # fmt: skip
 STYLES = ("auto", "letters", "words")
 SPELLINGS = ("both", "given")
@@ -36,20 +40,21 @@ class Plan:
     show: str = "auto"
     rotate: bool = True
     blind: bool = True
+    relabel: bool = False
     max_new_tokens: int = 16
 
 
 @study
 def multiple_choice(
     setting: Setting, *, reduce: str = "mean", spelling: str = "both", show: str = "auto", rotate: bool = True, blind: bool = True,
-    max_new_tokens: int = 16,
+    relabel: bool = False, max_new_tokens: int = 16,
 ) -> Summary:  # fmt: skip
     """Does the model choose right, by what it writes and by what it finds likely?
 
     `reduce` makes one number of an option's tokens (mean, sum, per-byte); `spelling` is which words stand for an option (both: as it is given and
     with a capital, the likelier of the two; given: that alone, as published); `show` is how options are written where their order is
     turned (letters, words; auto: by letters where the data shows them so, else as words after the question); `rotate` asks in every
-    rotation of the options; `blind` asks once without the picture; `max_new_tokens` is how long an answer may be.
+    rotation of the options; `blind` asks once without the picture; `relabel` asks for other names than letters (ChEF); `max_new_tokens` is how long an answer may be.
     """
     if reduce not in get_args(Reduce):
         raise StudyError(f"there is no way {reduce!r} to make one number of tokens{did_you_mean(reduce, get_args(Reduce))}")
@@ -60,13 +65,13 @@ def multiple_choice(
     config = {
         "data": setting.data.name, "fingerprint": setting.data.fingerprint, "limit": len(setting.data), "batch": setting.batch,
         "padding": setting.padding, "seed": setting.seed, "reduce": reduce, "spelling": spelling, "show": show, "rotate": rotate,
-        "blind": blind, "max_new_tokens": max_new_tokens,
+        "blind": blind, "relabel": relabel, "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     run = Run.open(setting.out, "multiple-choice", config, describe(setting.subject), SCHEMA)
     with run.recorded():
         from studies.multiple_choice_report import figures, report, summarise
 
-        plan = Plan(spelling, show, rotate, blind, max_new_tokens)
+        plan = Plan(spelling, show, rotate, blind, relabel, max_new_tokens)
         rows = read_units(setting, run, "multiple choice", lambda some: unit(setting.subject, some, plan))
         summary = finite(summarise(rows, reduce, setting.data.problems, setting.seed))
         summary |= {"run": str(run.folder), "model": setting.subject.name, "reduce": reduce}
@@ -89,7 +94,7 @@ def right_choice(example: Example) -> int:
 
 
 def unit(subject: Subject, examples: Sequence[Example], plan: Plan) -> Rows:
-    """Rows of some examples: as they are asked, in every order of their options, without their picture; and of those left out."""
+    """Rows of some examples: as they are asked, in every order of their options, without their picture, under other names; and of those left out."""
 
     def check(example: Example) -> None:
         right_choice(example)
@@ -98,13 +103,24 @@ def unit(subject: Subject, examples: Sequence[Example], plan: Plan) -> Rows:
         subject.encode(example)
 
     usable, rows = sift(examples, check)
-    rows += _rows(subject, usable, "asked", 0, plan)
+    for group in alike(usable):  # ScienceQA has questions with a picture and without
+        rows += _seen(subject, [usable[i] for i in group], plan)
+    place = {example.id: i for i, example in enumerate(examples)}
+    return sorted(rows, key=lambda row: place[row["example"]])  # whatever the batch: bootstraps draw by place
+
+
+def _seen(subject: Subject, examples: Sequence[Example], plan: Plan) -> Rows:
+    """Rows of examples that all bring the same kinds of media."""
+    rows = _rows(subject, examples, "asked", 0, plan)
     if plan.rotate:
-        for turn in range(max((len(example.choices) for example in usable), default=0)):
-            rows += _rows(subject, [e for e in usable if len(e.choices) > turn], "turned", turn, plan)
-    if plan.blind and any(any(example.media.values()) for example in usable):
-        hidden, _ = sift([subject.without_media(example) for example in usable], subject.encode)
+        for turn in range(max(len(example.choices) for example in examples)):
+            rows += _rows(subject, [e for e in examples if len(e.choices) > turn], "turned", turn, plan)
+    if plan.blind and any(examples[0].media.values()):
+        hidden, _ = sift([subject.without_media(example) for example in examples], subject.encode)
         rows += _rows(subject, hidden, "blind", 0, plan)
+    if plan.relabel:
+        for kind, which in (ORIGIN, *SETTINGS):
+            rows += _renamed(subject, [e for e in examples if len(e.choices) <= MOST], kind, which, plan)
     return rows
 
 
@@ -123,12 +139,38 @@ def _rows(subject: Subject, examples: Sequence[Example], what: str, turn: int, p
     ]
 
 
+def _renamed(subject: Subject, examples: Sequence[Example], kind: str, which: int, plan: Plan) -> Rows:
+    """One row of each example, its options shown by letter and other names asked for; likelihoods are those of the names."""
+    if not examples:
+        return []
+    asked, names = zip(*(relabelled(example, kind, which) for example in examples), strict=True)
+    told = subject.generate(subject.encode(asked), plan.max_new_tokens)
+    found = score_options(subject, asked, names, _method(subject))
+    return [
+        {"example": example.id, "what": "renamed", "labels": f"{kind} {which}", "text": text, "count": len(mine), "right": right_choice(example),
+         "chosen": parse_label(text, mine), **_numbers(one)}
+        for example, mine, text, one in zip(examples, names, told, found, strict=True)
+    ]  # fmt: skip
+
+
+def _method(subject: Subject) -> Method:
+    return "whole" if cannot_share(subject) else "prefix"
+
+
+def _numbers(found: Likelihood) -> dict[str, Any]:
+    return {
+        "sums": found.by("sum").tolist(), "tokens": [len(one) for one in found.log_probs],
+        "bytes": [len(option.strip().encode()) for option in found.options],
+    }  # fmt: skip
+
+
 def _likelihoods(subject: Subject, examples: Sequence[Example], spelling: str) -> list[Likelihood]:
     """How likely each choice is: as it is given, or in the likelier of two spellings, as models differ in how they begin an answer."""
-    method: Method = "whole" if cannot_share(subject) else "prefix"
     given = [[choice.strip() for choice in example.choices] for example in examples]
     capital = [[f"{c[:1].upper()}{c[1:]}" if spelling == "both" else c for c in choices] for choices in given]
-    found = score_options(subject, examples, [list(dict.fromkeys(a + b)) for a, b in zip(given, capital, strict=True)], method)
+    found = score_options(
+        subject, examples, [list(dict.fromkeys(a + b)) for a, b in zip(given, capital, strict=True)], _method(subject)
+    )
     made = []
     for one, a, b in zip(found, given, capital, strict=True):
         likely = dict(zip(one.options, one.by("sum"), strict=True))
@@ -150,6 +192,5 @@ def _row(
     return {
         "example": example.id, "what": what, "kind": example.tags.get("kind", ""), "rotation": turn, "text": text,
         "count": len(example.choices), "right": right_choice(example), "chosen": None if named is None else order[named],
-        "sums": found.by("sum").tolist(), "tokens": [len(one) for one in found.log_probs],
-        "bytes": [len(choice.strip().encode()) for choice in example.choices],
+        **_numbers(found), **{name: example.tags.get(name, "") for name in ("group", "triplet", "part")},
     }  # fmt: skip

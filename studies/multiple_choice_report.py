@@ -10,15 +10,21 @@ from probe.analysis.stats import ends, mcnemar, paired_difference, wilson
 from probe.plots.panels import colour, curves, noted, values
 from studies.run import Run
 from studies.study import Summary
-from studies.tasks.scores import average, drawable, proportion
-from studies.tasks.scores_chef import BINS, bins, ece
+from studies.tasks.relabelling import ORIGIN, SETTINGS
+from studies.tasks.scores import Score, average, drawable, proportion
+from studies.tasks.scores_chef import BINS, bins, ece, following
 from studies.tasks.scores_choice import circular
+from studies.tasks.scores_mmevalpro import by_source, named
 from studies.telling import above, below, bracketed
 from studies.work import picked, refuse_nothing, skipped
 
 REDUCES = ("mean", "sum", "per-byte")
 LEAST = 12  # questions that a bin of the figure has at least: fewer are mostly noise
 WAYS = ("generation", "likelihood")
+TRIPLETS = {  # MMEvalPro's scores as the report names them
+    "GA": "genuine accuracy: all three right", "CG": "consistency gap: the original right, another wrong", "AA": "all questions", "OA": "original questions",
+    "PA": "perception", "KA": "knowledge", "PC": "perception, where the original is right", "KC": "knowledge, where the original is right",
+}  # fmt: skip
 
 
 def summarise(rows: pa.Table, reduce: str, problems: Sequence[str], seed: int) -> Summary:
@@ -45,7 +51,8 @@ def summarise(rows: pa.Table, reduce: str, problems: Sequence[str], seed: int) -
         "turned": {way: _turned(turned, way, reduce, seed) for way in WAYS} if len(turned) else None,
         "blind": _blind(hidden, reduce) if len(hidden) else None,
         "gain": _gain(asked, hidden, reduce, seed) if len(hidden) else None,
-        "kinds": _kinds(asked["kind"].to_pylist(), hits),
+        "kinds": _kinds(asked["kind"].to_pylist(), hits), "triplets": _triplets(asked, hits, seed),
+        "renamed": _renamed(picked(rows, what="renamed"), reduce, seed),
     }  # fmt: skip
 
 
@@ -146,6 +153,46 @@ def _kinds(kinds: Sequence[str], hits: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
+def _triplets(asked: pa.Table, hits: dict[str, np.ndarray], seed: int) -> dict[str, Any] | None:
+    """MMEvalPro's scores of each way: of all triplets, of each source, and the mean over sources; None where no question is part of a triplet."""
+    ids, sources, parts, counts = (asked[name].to_pylist() for name in ("triplet", "group", "part", "count"))
+    members = [i for i, triplet in enumerate(ids) if triplet]
+    if not members:
+        return None
+    found = {way: by_source(((sources[i], ids[i], parts[i], bool(hits[way][i])) for i in members), seed) for way in WAYS}
+    first = found[WAYS[0]]
+    guessed: dict[str, float] = {}
+    for i in members:
+        name = named(sources[i], ids[i])
+        guessed[name] = guessed.get(name, 1.0) / counts[i]
+    whole = [value for name, value in guessed.items() if name not in first.micro.incomplete]
+    return {
+        **{way: {"micro": _told(one.micro.scores), "macro": _told(one.macro) if len(one.of) > 1 else None,
+                 "sources": {name: _told(of.scores) for name, of in one.of.items()}} for way, one in found.items()},
+        "n": first.micro.scores["GA"].n, "incomplete": list(first.micro.incomplete), "chance_genuine": _mean(whole) if whole else None,
+    }  # fmt: skip
+
+
+def _told(scores: dict[str, Score]) -> dict[str, Any]:
+    return {name: score.as_dict() for name, score in scores.items()}
+
+
+def _renamed(rows: pa.Table, reduce: str, seed: int) -> dict[str, Any] | None:
+    """ChEF's following of instructions, each way: which name is written where another than the letter is asked for; None where that was not asked."""
+    if not len(rows):
+        return None
+    parts = {setting: picked(rows, labels="{} {}".format(*setting)) for setting in (ORIGIN, *SETTINGS)}
+    right = parts[ORIGIN]["right"].to_pylist()
+    made: dict[str, Any] = {"n": len(right), "chance": _mean([1 / count for count in parts[ORIGIN]["count"].to_pylist()])}
+    for way in WAYS:
+        chosen = {name: [None if i < 0 else i for i in _chosen(part, way, reduce).tolist()] for name, part in parts.items()}
+        original = chosen.pop(ORIGIN)
+        letters = proportion("accuracy under letters", sum(a == b for a, b in zip(original, right, strict=True)), len(right))
+        found = following(original, chosen, right, seed)
+        made[way] = {"letters": letters.as_dict(), **{name: _told(scores) for name, scores in found.items()}}
+    return made
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +273,10 @@ def report(summary: Summary) -> str:
         lines += _order_words(summary)
     if len(summary["kinds"]) > 1:
         lines += ["## By kind of question", "", "![kinds](figures/kinds.png)", ""]
+    if summary["triplets"]:
+        lines += _triplet_words(summary["triplets"])
+    if summary["renamed"]:
+        lines += _renamed_words(summary["renamed"])
     what = [*summary["problems"], *summary["skipped"]]
     if what:
         lines += [f"{len(what)} examples could not be used:", "", *(f"- {text}" for text in what[:20]), ""]
@@ -267,4 +318,46 @@ def _order_words(summary: Summary) -> list[str]:
         f"In all rotations together each option stands in each place equally often, so that of the choices made the first place would have {chance:.3f} if "
         f"the order did not matter; it has {_said(place)} by generation, {'which is not that' if biased else 'which is that within its interval'}. Guessing "
         f"anew in each order would be right in all of them {first['chance_circular']:.3f} of the time.", "",
+    ]  # fmt: skip
+
+
+def _triplet_words(found: dict[str, Any]) -> list[str]:
+    """MMEvalPro's scores in a table, genuine accuracy of each source, and which triplets were left out."""
+    columns = [(way, of) for way in WAYS for of in ("micro", "macro") if found[way][of]]
+    titles = [f"by {way}, {'all triplets' if of == 'micro' else 'mean over sources'}" for way, of in columns]
+    lines = ["## Right for the right reason", "", f"| | {' | '.join(titles)} |", "|---|" + "---|" * len(columns)]
+    lines += [
+        f"| {title} | {' | '.join(_said(found[way][of][name]) for way, of in columns)} |" for name, title in TRIPLETS.items()
+    ]
+    sources = found[WAYS[0]]["sources"]
+    if len(sources) > 1:
+        lines += ["", "| genuine accuracy | triplets | by generation | by likelihood |", "|---|---|---|---|"]
+        lines += [
+            f"| {name or 'no source'} | {sources[name]['GA']['n']} | {' | '.join(_said(found[way]['sources'][name]['GA']) for way in WAYS)} |" for name in sources
+        ]  # fmt: skip
+    chance = (
+        ""
+        if found["chance_genuine"] is None
+        else f" Guessing would be right in all three of {found['chance_genuine']:.3f} of them."
+    )
+    lines += ["", f"Each is a share with its 95 % interval, over {found['n']} triplets of an original question and what it rests on (arXiv 2407.00468).{chance}", ""]  # fmt: skip
+    if left := found["incomplete"]:
+        lines += [f"{len(left)} triplets were left out, as not each of their three questions was asked once: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}.", ""]  # fmt: skip
+    return lines
+
+
+def _renamed_words(found: dict[str, Any]) -> list[str]:
+    """How often the option chosen under letters is chosen under other names, for each kind of names."""
+    lines = ["## Other names for the options", "", "| names | same option as under letters (MR) | accuracy | answers that give no name |",
+             "|---|---|---|---|"]  # fmt: skip
+    kinds = [*dict.fromkeys(kind for kind, _ in SETTINGS), "all"]
+    lines += [
+        f"| {kind}, by {way} | {_said(found[way][kind]['mr'])} | {_said(found[way][kind]['accuracy'])} | "
+        f"{_said(found[way][kind]['unknown']) if way == 'generation' else ''} |"
+        for way in WAYS for kind in kinds
+    ]  # fmt: skip
+    letters = " and ".join(f"{_said(found[way]['letters'])} by {way}" for way in WAYS)
+    return [
+        *lines, "", f"{found['n']} questions were asked with their options by letter, then with other names to be written for the letters (arXiv 2311.02692); "
+        f"with letters accuracy is {letters}. Guessing anew would choose the same option in {found['chance']:.3f}.", "",
     ]  # fmt: skip

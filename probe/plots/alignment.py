@@ -40,9 +40,18 @@ def similarity(summary: Summary) -> Pair:
         drawn.append((f"{_title(name)} (n = {one['n']})", lines))
         x.append(_states(len(found["matched"]["mean"])))
     figure, page = panels.curves(drawn, x, "state (0 enters the model)", "cosine of mean tokens")
-    if len(drawn) < 3:  # four names side by side are wider than two panels
-        figure.legends[0].set_ncols(2 if len(drawn) > 1 else 1)
+    if len(drawn) < 4:
+        _stacked(figure, min(2, len(drawn)))
     return figure, page
+
+
+def _stacked(figure: Any, columns: int) -> None:
+    """Sets a figure's legend anew in fewer columns, where its names side by side are wider than the panels."""
+    (wide,) = figure.legends
+    handles, names = wide.legend_handles, [told.get_text() for told in wide.get_texts()]
+    wide.remove()
+    with styled():
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3.2)
 
 
 def _title(name: str) -> str:

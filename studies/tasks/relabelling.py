@@ -64,9 +64,11 @@ def relabelled(example: Example, kind: str, which: int) -> tuple[Example, tuple[
 def parse_label(text: str, names: Sequence[str]) -> int | None:
     """The index of the option whose name an answer gives; None where it gives none or several.
 
-    An answer that gives the option's own words has not done as told and names nothing. Letters are read as `parse_choice` reads
-    letters; other names are whole words in any case, and signs are looked for as they are.
+    An answer that gives the option's own words has not done as told and names nothing, unless they are one of the names ("2" of "2 or 3"). Letters are read as `parse_choice` reads
+    letters; other names are whole words in any case, and signs are looked for as they are. Quotation marks, which the names have in the
+    instruction, say nothing.
     """
+    text = text.replace('"', "").replace("\u201c", "").replace("\u201d", "")
     if set(names) <= set(LETTERS[: len(names)]):
         place = parse_choice(text, [""] * len(names))  # options without words of their own are named by their letters alone
         return None if place is None else list(names).index(LETTERS[place])

@@ -1,6 +1,6 @@
 """ChEF (arXiv 2311.02692): calibration, and how far accuracy moves with examples, corruption and other names for the options."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 
 from probe.analysis.stats import RESAMPLES
 from probe.errors import DataError
-from studies.tasks.scores import Score, from_draws, proportion
+from studies.tasks.relabelling import Setting
+from studies.tasks.scores import Score, average, from_draws, proportion
 
 BINS = 10
 EPSILON = 0.01  # how far above chance an accuracy must lie for a gain relative to it to mean anything
@@ -90,3 +91,42 @@ def mr(chosen: Sequence[int | None], original: Sequence[int | None]) -> Score:
     """How often the option chosen under other names is the one chosen before, right or wrong; unknown choices match nothing."""
     same = sum(a is not None and a == b for a, b in zip(chosen, original, strict=True))
     return proportion("MR", same, len(original))
+
+
+def following(
+    original: Sequence[int | None], chosen: Mapping[Setting, Sequence[int | None]], right: Sequence[int], seed: int = 0
+) -> dict[str, dict[str, Score]]:
+    """How well instructions to write other names are followed: `mr`, `accuracy` and `unknown` of each setting, each kind of names, and `all`.
+
+    `chosen` has the index of the option chosen by every item under each setting of names, `original` under letters, `right` the right one. A
+    kind is the mean over its settings, `all` that over kinds, as published: both with a bootstrap over items, since the answers to one
+    item are not independent. `unknown` is the share of answers that give no name, which match and hit nothing. Raises DataError where settings have
+    not the same items.
+    """
+    if len(right) != len(original):
+        raise DataError(f"the choices under letters are of {len(original)} items, and right ones are given of {len(right)}")
+    if wrong := next((name for name, one in chosen.items() if len(one) != len(original)), None):
+        raise DataError(
+            f"the choices under {wrong[0]} names {wrong[1]} are of {len(chosen[wrong])} items and not of {len(original)}"
+        )
+    tables = {
+        "mr": {name: _hits(one, original) for name, one in chosen.items()}, "accuracy": {name: _hits(one, right) for name, one in chosen.items()},
+        "unknown": {name: np.array([a is None for a in one], dtype=np.float64) for name, one in chosen.items()},
+    }  # fmt: skip
+    made: dict[str, dict[str, Score]] = {f"{kind} {which}": {} for kind, which in chosen}
+    kinds = list(dict.fromkeys(kind for kind, _ in chosen))
+    made |= {name: {} for name in (*kinds, "all")}
+    for metric, table in tables.items():
+        for (kind, which), hits in table.items():
+            made[f"{kind} {which}"][metric] = proportion(_TITLES[metric], int(hits.sum()), len(hits))
+        of_kind = [np.mean([hits for (kind, _), hits in table.items() if kind == name], axis=0) for name in kinds]
+        for name, shares in zip((*kinds, "all"), (*of_kind, np.mean(of_kind, axis=0) if of_kind else np.empty(0)), strict=True):
+            made[name][metric] = average(f"{_TITLES[metric]}, {name}", shares.tolist(), seed)
+    return made
+
+
+_TITLES = {"mr": "MR", "accuracy": "accuracy under other names", "unknown": "answers that give no name"}
+
+
+def _hits(chosen: Sequence[int | None], other: Sequence[int | None]) -> Float[np.ndarray, " item"]:
+    return np.array([a is not None and a == b for a, b in zip(chosen, other, strict=True)], dtype=np.float64)

@@ -89,7 +89,8 @@ def by_source(answers: Iterable[tuple[str, str, str, bool]], seed: int = 0) -> S
     """Scores from (source, triplet id, part, right?); triplets of two sources are two, though their ids be one.
 
     `macro` is the plain mean over sources (MMMU, ScienceQA and MathVista as published), with a bootstrap over the triplets of each; its numerator is the
-    sum over sources and its denominator their number. None where one source has none, of a source without a complete triplet say.
+    sum over sources and its denominator their number. None where one source has none, of a source without a complete triplet say. A source of one triplet
+    adds nothing to the interval, as it has no spread.
     """
     told: dict[str, list[tuple[str, str, bool]]] = {}
     for source, triplet, part, right in answers:
@@ -107,7 +108,9 @@ def _macro(of: Mapping[str, Triplets], draws: list[dict[str, np.ndarray]]) -> di
         values = [one.value for one in scores if one.value is not None]
         total, n, known = float(sum(values)), sum(one.n for one in scores), len(values) == len(scores)
         drawn = np.mean([one[name] for one in draws], axis=0) if known else np.empty(0)
-        score = from_draws(f"{first.metric}, mean over sources", total / len(scores) if known else None, drawn, total, float(len(scores)), n)
+        score = from_draws(
+            f"{first.metric}, mean over sources", total / len(scores) if known else None, drawn, total, float(len(scores)), n
+        )
         made[name] = replace(score, n_dropped=sum(one.n_dropped for one in scores))
     return made
 

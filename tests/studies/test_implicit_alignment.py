@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 from probe import Example, load
@@ -110,6 +111,21 @@ def test_examples_without_their_sums_have_no_global_similarity():
 def _member_at(name, value):
     one = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 5}
     return {"name": name, "input": one, "same": {**one, "low": None, "high": None}, "accuracy": one, "hallucination": None}
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(1, 1), (2, 2), (3, 2), (4, 4)])
+def test_names_of_lines_are_no_wider_than_the_panels(panels, columns):
+    curve = {"mean": [0.1, 0.2], "low": [0.0, 0.1], "high": [0.2, 0.3]}
+    one = {
+        "n": 3, "similar": {"avg": {"matched": curve, "unmatched": curve}, "global": {**curve, "low": None, "high": None}},
+        "within": {"perceptual": curve["mean"]}, "within_interval": {"perceptual": None},
+    }  # fmt: skip
+    figure, _ = plots.similarity({"modalities": dict.fromkeys(["image", "video", "audio", "text"][:panels], one)})
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][-1] == "centroids of all tokens of all examples"
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert legend.get_window_extent().width <= figure.bbox.width
 
 
 def test_growth_goes_by_steps_and_draws_every_training():

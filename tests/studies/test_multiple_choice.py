@@ -1,16 +1,21 @@
 """The study of choices: both ways on the same items, whatever the batch, and what it refuses."""
 
+import io
+import re
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
 from probe import Example, load
+from probe.analysis.stats import wilson
 from probe.errors import DataError, StudyError
 from studies.data import Data, load_data
 from studies.multiple_choice import multiple_choice
 from studies.multiple_choice_report import _blind_words
 from studies.study import Setting
+from studies.tasks.scores_mmevalpro import PARTS
 from tests import toys
 from tests.studies.test_pope import numbers
 
@@ -102,6 +107,116 @@ def test_a_letter_is_understood_and_rotations_are_undone(toy, tmp_path, monkeypa
     assert [one["value"] for one in first["turned"]["generation"]["places"]] == [1, 0, 0]
     assert first["turned"]["generation"]["circular"]["value"] == 0
     assert first["turned"]["generation"]["accuracy"]["value"] == pytest.approx(1 / 3)
+
+
+def packed(folder):
+    """MMEvalPro's files: two whole triplets of MMMU, one of MathVista, and one of it without its last question."""
+    out = io.BytesIO()
+    toys.picture().save(out, "PNG")
+    rows = [
+        {"index": f"{source}-{number}-{part}", "triplet_id": number, "question": f"what color {number} ?", "choices": ["red", "green", "blue"], "answer": "B",
+         "image": {"bytes": out.getvalue(), "path": None}, "source": source, "question_category": "art", "eval_type": part}
+        for source, number in (("MMMU", 1), ("MMMU", 2), ("MathVista", 1), ("MathVista", 3)) for part in PARTS
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows[:-1]), folder / "test-00000.parquet")
+    return load_data(f"mmevalpro:{folder}")
+
+
+def test_triplets_are_scored_where_the_data_has_them(toy, tmp_path, monkeypatch):
+    """A model that is wrong in one knowledge question of MMMU, and right in all others."""
+    subject, data = toy("llava"), packed(tmp_path)
+
+    def knows(encoded, n):
+        return ["A" if e.id == "MMMU-2-Knowledge" or not e.images else "B" for e in encoded.examples]
+
+    monkeypatch.setattr(subject, "generate", knows, raising=False)
+    found = multiple_choice(Setting(subject, data, tmp_path / "r", batch=4), rotate=False)
+    triplets = found["triplets"]
+    assert (triplets["n"], triplets["incomplete"], triplets["chance_genuine"]) == (3, ["MathVista/3"], pytest.approx(1 / 27))
+    micro, macro = (triplets["generation"][of] for of in ("micro", "macro"))
+    assert {name: one["value"] for name, one in micro.items()} == pytest.approx({
+        "AA": 8 / 9, "OA": 1, "PA": 1, "KA": 2 / 3, "GA": 2 / 3, "CG": 1 / 3, "PC": 1, "KC": 2 / 3,
+    })  # fmt: skip
+    assert (macro["GA"]["value"], macro["CG"]["value"], macro["KC"]["value"]) == (3 / 4, 1 / 4, 3 / 4)
+    assert (micro["GA"]["n"], micro["GA"]["n_dropped"], macro["GA"]["n"], macro["GA"]["denominator"]) == (3, 1, 3, 2)
+    assert (micro["GA"]["low"], micro["GA"]["high"]) == wilson(2, 3)
+    assert {name: one["GA"]["value"] for name, one in triplets["generation"]["sources"].items()} == {
+        "MMMU": 0.5,
+        "MathVista": 1.0,
+    }
+    for way in ("generation", "likelihood"):
+        for of in (triplets[way]["micro"], triplets[way]["macro"]):
+            assert of["CG"]["value"] == pytest.approx(of["OA"]["value"] - of["GA"]["value"])
+            assert of["GA"]["value"] <= min(of[name]["value"] for name in ("OA", "PA", "KA"))
+    report = (tmp_path / "r/report.md").read_text()
+    assert "## Right for the right reason" in report
+    assert "| MMMU | 2 | 0.500 [" in report
+    assert "1 triplets were left out, as not each of their three questions was asked once: MathVista/3." in report
+
+
+def test_data_without_triplets_or_other_names_says_nothing_of_them(done):
+    out, found = done
+    assert (found["triplets"], found["renamed"]) == (None, None)
+    report = (out / "report.md").read_text()
+    assert "right reason" not in report
+    assert "Other names" not in report
+
+
+def test_other_names_are_asked_for_and_scored(toy, tmp_path, monkeypatch):
+    """A model that writes what it is told to write for the right letter, but letters where they are turned and nothing where names are people's."""
+    subject = toy("llava")
+    choices = ("red", "green", "blue")
+    asked = tuple(
+        Example(f"e{i}", "what color ?", (toys.picture(seed=i),), answer=choices[i], choices=choices) for i in range(3)
+    )
+    many = Example("many", "what color ?", (toys.picture(),), answer="a", choices=tuple("abcdefghi"))
+
+    def obeys(encoded, n):
+        return [_obeyed(example) for example in encoded.examples]
+
+    monkeypatch.setattr(subject, "generate", obeys, raising=False)
+    setting = Setting(subject, Data("toys", (*asked, many), "1"), tmp_path / "r")
+    found = multiple_choice(setting, rotate=False, blind=False, relabel=True)["renamed"]
+    assert (found["n"], found["chance"]) == (3, pytest.approx(1 / 3))  # nine options have no names in some lists
+    told = found["generation"]
+    assert told["letters"]["value"] == 1
+    assert {name: told[name]["mr"]["value"] for name in ("natural 2", "neutral 0", "neutral 1", "unnatural 0")} == {
+        "natural 2": 1, "neutral 0": 0, "neutral 1": 1, "unnatural 0": 0,
+    }  # fmt: skip
+    assert told["neutral"]["unknown"]["value"] == 0.5
+    assert told["all"]["mr"]["value"] == told["all"]["accuracy"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    rows = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "r/records").glob("*.parquet"))]).to_pylist()
+    assert sum(row["what"] == "renamed" for row in rows) == 3 * 7
+    for row in (row for row in rows if row["what"] == "renamed"):
+        assert len(row["sums"]) == len(row["tokens"]) == 3
+    report = (tmp_path / "r/report.md").read_text()
+    assert "## Other names for the options" in report
+    assert "| all, by generation | 0.500 [" in report
+
+
+def _obeyed(example):
+    letter = next((line[0] for line in example.options.splitlines() if line.endswith(f" {example.answer}")), "?")
+    name = re.search(rf'is {letter}, write "(.*?)"', example.suffix)
+    if name is None or name[1] in "ABC":
+        return letter
+    return "no idea" if name[1] in ("Adams", "Baker", "Clark") else name[1]
+
+
+def test_questions_with_and_without_a_picture_can_stand_in_one_batch(subject, tmp_path):
+    """As in ScienceQA; each is asked as it comes, and the numbers are those of a batch of one."""
+    cases = [
+        Example(f"q{i}", "color of star", (toys.picture(128, 128, i),) if i % 2 else (), answer="red", choices=("red", "blue"))
+        for i in range(4)
+    ]
+    runs = [
+        multiple_choice(
+            Setting(subject, Data("mixed", tuple(cases), "1"), tmp_path / str(batch), batch=batch), max_new_tokens=2
+        )
+        for batch in (4, 1)
+    ]
+    first, second = map(numbers, runs)
+    assert (runs[0]["n"], runs[0]["blind"]["likelihood"]["n"]) == (4, 2)  # two have a picture that can be left out
+    assert first == pytest.approx(second, abs=1e-4)
 
 
 def test_what_cannot_be_chosen_is_named(subject, tmp_path):

@@ -9,9 +9,9 @@ from probe.likelihood import Likelihood
 from studies.tasks.scores import Score, average, drawable, proportion
 from studies.tasks.scores_bigbench import bigbench
 from studies.tasks.scores_chair import chair, read_caption
-from studies.tasks.scores_chef import bins, ece, mr, riam, rr, rrm
+from studies.tasks.scores_chef import bins, ece, following, mr, riam, rr, rrm
 from studies.tasks.scores_choice import by_generation, by_likelihood, circular, parse_choice, rotations
-from studies.tasks.scores_mmevalpro import PARTS, mmevalpro
+from studies.tasks.scores_mmevalpro import PARTS, by_source, mmevalpro
 from studies.tasks.scores_pope import asked_object, auroc, parse_yes_no, pope
 from studies.tasks.scores_text import exact_match, vqa_accuracy, vqa_answer, vqa_item
 from studies.tasks.vocabulary import Vocabulary, coco, singular
@@ -183,6 +183,27 @@ def test_golden_captions():
     assert coco().objects(["Hot Dogs"], ["a puppy"]) == {"hot dog", "dog"}
 
 
+def test_a_caption_without_mentions_counts_nothing_or_as_published_zero():
+    none = chair(["nothing", "so it is"], [{"dog"}, set()], compat="published")
+    assert (none["chair_i"].value, none["chair_i"].low, none["chair_i"].denominator, none["chair_s"].value) == (
+        0.0,
+        None,
+        0.0,
+        0.0,
+    )
+    assert none["recall"].value == 0.0
+    assert chair([], [], compat="published")["chair_i"].value is None  # no captions, and not none with a mention
+    said, there = ["a dog and a cat", "nothing", "nothing"], [{"dog"}, set(), set()]
+    plain, published = chair(said, there), chair(said, there, compat="published")
+    assert plain["chair_i"].value == published["chair_i"].value == 0.5
+    assert (plain["chair_i"].low, published["chair_i"].low) == (
+        None,
+        0.0,
+    )  # resamples of the two others alone are left out, or 0
+    with pytest.raises(StudyError, match="no compat='paper': there is 'published'"):
+        chair(["a dog"], [{"dog"}], compat="paper")
+
+
 CAPTIONS = {
     "a baseball player": ["person"], "a baseball game": [], "a basketball court": [], "a football stadium": [], "a volleyball match and a ball": ["sports ball"],
     "two baseball players with baseball bats and a baseball": ["person", "baseball bat", "sports ball"], "baseball teams": [],
@@ -233,6 +254,48 @@ def test_triplets():
     assert mmevalpro([]).scores["AA"].value is None
 
 
+def test_sources_by_hand():
+    """Two sources: one triplet wholly right of one, and of four one wholly right and two right for the wrong reason."""
+    rights = {"MMMU": [(1, 1, 1)], "ScienceQA": [(1, 1, 1), (1, 0, 1), (1, 1, 0), (0, 1, 1)]}
+    rows = [
+        (source, str(t), part, bool(right))
+        for source, triplets in rights.items()
+        for t, triplet in enumerate(triplets)
+        for part, right in zip(PARTS, triplet, strict=True)
+    ]
+    found = by_source([*rows, ("ScienceQA", "9", "Origin", True)])
+    assert {name: one.scores["GA"].value for name, one in found.of.items()} == {"MMMU": 1.0, "ScienceQA": 0.25}
+    macro = {name: one.value for name, one in found.macro.items()}
+    assert macro == pytest.approx({
+        "AA": (1 + 9 / 12) / 2, "OA": (1 + 3 / 4) / 2, "PA": (1 + 3 / 4) / 2, "KA": (1 + 3 / 4) / 2, "GA": (1 + 1 / 4) / 2, "CG": 2 / 4 / 2,
+        "PC": (1 + 2 / 3) / 2, "KC": (1 + 2 / 3) / 2,
+    })  # fmt: skip
+    assert macro["CG"] == pytest.approx(macro["OA"] - macro["GA"])
+    one = found.macro["GA"]
+    assert (one.numerator, one.denominator, one.n, one.n_dropped) == (1.25, 2.0, 5, 1)
+    assert found.micro.scores["GA"].value == 2 / 5
+    assert found.micro.incomplete == ("ScienceQA/9",)  # "0" of either is a triplet of its own
+
+
+def test_sources_are_drawn_apart_and_one_alone_is_the_pool():
+    rng = np.random.default_rng(3)
+    rows = [(s, str(t), part, bool(rng.random() < 0.6)) for s in "ab" for t in range(100) for part in PARTS]
+    found, alone = by_source(rows), by_source([row for row in rows if row[0] == "a"])
+    for name, score in alone.macro.items():
+        assert score.value == pytest.approx(alone.micro.scores[name].value)
+    right = {s: np.array([r for source, _, _, r in rows if source == s]).reshape(100, 3).all(1) for s in "ab"}
+    again = [np.mean([right[s][rng.integers(0, 100, 100)].mean() for s in "ab"]) for _ in range(4000)]
+    macro = found.macro["GA"]
+    assert (macro.low, macro.high) == pytest.approx(tuple(np.percentile(again, [2.5, 97.5])), abs=0.015)
+    assert by_source([]).macro == {}
+    broken = by_source([*rows, ("c", "1", "Origin", True)])
+    assert broken.macro["GA"].value is None  # a source without a complete triplet has no share
+    assert broken.micro.scores["GA"].value == found.micro.scores["GA"].value
+    never = [("a", "1", part, part != "Origin") for part in PARTS]
+    assert by_source([*never, *rows[300:]]).macro["PC"].value is None
+    assert by_source([*never, *rows[300:]]).macro["GA"].value is not None
+
+
 def test_questions_of_one_triplet_are_not_independent():
     """Where all three of a triplet are right, or none, there are 30 observations and not 90."""
     found = mmevalpro([(str(t), part, t % 2 == 0) for t in range(30) for part in PARTS]).scores
@@ -263,19 +326,89 @@ def test_gains_over_chance_need_something_above_it():
     assert mr([0, 1, None], [0, 0, None]).numerator == 1
 
 
+def test_following_by_hand():
+    original, right = [0, 1, 2, None], [0, 0, 2, 1]
+    chosen = {("natural", 0): [0, 1, 1, 1], ("natural", 1): [0, None, 2, None], ("unnatural", 0): [1, 2, 2, None]}
+    found = following(original, chosen, right)
+    assert {name: one["mr"].value for name, one in found.items()} == pytest.approx({
+        "natural 0": 2 / 4, "natural 1": 2 / 4, "unnatural 0": 1 / 4, "natural": 1 / 2, "unnatural": 1 / 4, "all": 3 / 8,
+    })  # fmt: skip
+    assert {name: one["accuracy"].value for name, one in found.items()} == pytest.approx({
+        "natural 0": 2 / 4, "natural 1": 2 / 4, "unnatural 0": 1 / 4, "natural": 1 / 2, "unnatural": 1 / 4, "all": 3 / 8,
+    })  # fmt: skip
+    assert [found[name]["unknown"].value for name in ("natural 0", "natural 1", "all")] == [0, 2 / 4, 1 / 4]
+    assert found["natural 0"]["mr"].value == mr(chosen["natural", 0], original).value
+    assert (found["all"]["mr"].n, found["natural 1"]["mr"].low) == (4, wilson(2, 4)[0])
+    assert found["all"]["mr"].low <= found["all"]["mr"].value <= found["all"]["mr"].high
+    assert following(original[:3], {("natural", 0): original[:3]}, right[:3])["all"]["mr"].value == 1
+    with pytest.raises(DataError, match="under natural names 1 are of 1 items and not of 4"):
+        following(original, {("natural", 0): original, ("natural", 1): [0]}, right)
+    with pytest.raises(DataError, match="right ones are given of 1"):
+        following(original, chosen, [0])
+
+
+def values(scores):
+    return [[one.value for one in row] for row in scores]
+
+
 def test_instructions_judged_by_hand():
     table = np.array([[[50.0, 50.0, 40.0]], [[30.0, 10.0, 60.0]]])
     found = bigbench(table, top=1)
-    assert found.best.tolist() == [[50.0], [60.0]]
-    assert found.hit_ratio.tolist() == [[0.0, 100.0, 0.0], [0.0, 0.0, 100.0]]  # a tie goes to the later instruction
-    assert found.gain_of_model[0, 0] == pytest.approx(np.mean([25, 100 * 20 / 30, -20]))
-    assert found.spread_of_model[0, 0] == pytest.approx(np.std([50, 50, 40]))
-    assert found.spread_of_instruction.shape == (3, 1)
-    assert bigbench(np.zeros((2, 1, 3))).gain_of_model.tolist() == [[0.0], [0.0]]
-    with pytest.raises(DataError, match="has gaps"):
-        bigbench(np.full((1, 1, 3), np.nan))
-    with pytest.raises(DataError, match="the 4 best of 3"):
-        bigbench(table, top=4)
+    assert values(found.best) == [[50.0], [60.0]]
+    assert found.best_instruction.tolist() == [[0], [2]]
+    assert values(found.hit_ratio) == [[0.0, 100.0, 0.0], [0.0, 0.0, 100.0]]  # a tie goes to the later instruction
+    assert found.gain_of_model[0][0].value == pytest.approx(np.mean([25, 100 * 20 / 30, -20]))
+    of_second = [100 * (50 - 140 / 3) / (140 / 3), 100 * (10 - 100 / 3) / (100 / 3)]
+    assert found.gain_of_instruction[1][0].value == pytest.approx(np.mean(of_second))
+    assert found.spread_of_model[0][0].value == pytest.approx(np.std([50, 50, 40]))
+    assert (len(found.spread_of_instruction), len(found.spread_of_instruction[0])) == (3, 1)
+    assert values(bigbench(np.zeros((2, 1, 3))).gain_of_model) == [[0.0], [0.0]]
+
+
+def test_scores_of_instructions_have_intervals_over_what_they_are_taken_over():
+    rng = np.random.default_rng(0)
+    table = rng.uniform(30, 70, (4, 6, 10))
+    found = bigbench(table, items=[100, 200, 50, 80, 400, 25])
+    assert (found.gain_of_model[0][0].n, found.gain_of_instruction[0][0].n, found.hit_ratio[0][0].n) == (10, 4, 6)
+    for name in ("best", "gain_of_model", "gain_of_instruction", "spread_of_model", "spread_of_instruction", "hit_ratio"):
+        for one in (one for row in getattr(found, name) for one in row):
+            assert one.low <= one.value <= one.high, name
+            assert one.value == pytest.approx(one.numerator / one.denominator)
+    assert np.sum(values(found.hit_ratio), axis=1) == pytest.approx([100.0] * 4)  # all slots are taken
+    gains = 100 * (table - table.mean(0)) / table.mean(0)
+    again = np.array([gains[1, 2][rng.integers(0, 10, 10)].mean() for _ in range(4000)])
+    one = found.gain_of_model[1][2]
+    assert (one.low, one.high) == pytest.approx(tuple(np.percentile(again, [2.5, 97.5])), abs=1.5)
+    again = np.array([table[1, 2][rng.integers(0, 10, 10)].std() for _ in range(4000)])
+    one = found.spread_of_model[1][2]
+    assert (one.low, one.high) == pytest.approx(tuple(np.percentile(again, [2.5, 97.5])), abs=0.8)
+    top = found.hit_ratio[0][0]
+    assert (top.low, top.high) == pytest.approx(tuple(100 * side / 3 for side in wilson(round(top.value * 18 / 100), 6)))
+
+
+def test_the_best_has_an_interval_where_items_are_known():
+    table = np.array([[[50.0, 75.0]]])
+    one = bigbench(table, top=1, items=[8]).best[0][0]
+    assert (one.value, one.low, one.high, one.n) == (75.0, *(100 * side for side in wilson(6, 8)), 8)
+    bare = bigbench(table, top=1).best[0][0]
+    assert (bare.value, bare.low, bare.high, bare.n) == (75.0, None, None, 2)
+    assert bigbench(table, top=1).gain_of_instruction[0][0].low is None  # one model: nothing to draw from
+
+
+BAD_TABLES = {
+    "gaps": (np.full((1, 1, 3), np.nan), {}, "has gaps"),
+    "shares": (np.full((1, 1, 3), 101.0), {}, "is in per cent"),
+    "top": (np.zeros((1, 1, 3)), {"top": 4}, "the 4 best of 3"),
+    "items": (np.zeros((1, 2, 3)), {"items": [3]}, r"each of the 2 data sets has a number of items, and \[3\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_table_that_is_none_is_refused(case):
+    table, options, message = BAD_TABLES[case]
+    with pytest.raises(DataError, match=message):
+        bigbench(table, **options)
+    assert len(BAD_TABLES) == 4
 
 
 def test_paired_comparisons():

@@ -28,8 +28,17 @@ from studies.tasks.scores_pope import SPLITS, asked_object
 
 
 def human_answers(example: Example) -> tuple[str, ...]:
-    """What people answered to a question of VQAv2 or Clotho-AQA; empty for other examples."""
-    return tuple(json.loads(example.tags.get("answers", "[]")))
+    """What people answered to a question of VQAv2 or Clotho-AQA (a JSON list in the tag `answers`); empty for other examples.
+
+    Raises DataError where the tag holds something else.
+    """
+    try:
+        found = json.loads(example.tags.get("answers", "[]"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise DataError(f"the tag 'answers' of example {example.id!r} is no JSON list of what people answered")
+    return tuple(found)
 
 
 def pope(path: Path, limit: int | None = None) -> Found:
