@@ -32,17 +32,18 @@ class Recipe:
     seed: int = 0
 
     def dumped(self) -> str:
-        """The recipe as YAML: settings that are not the default ones, and seeds that passes were given."""
-        steps = [{one.title: _told(one)} for one in self.passes]
+        """The recipe as YAML."""
         text: dict[str, Any] = {"name": self.name, **({"about": self.about} if self.about else {}), "seed": self.seed}
-        return yaml.safe_dump({**text, "passes": steps}, sort_keys=False, width=120)
+        return yaml.safe_dump({**text, "passes": self.steps()}, sort_keys=False, width=120)
+
+    def steps(self) -> list[dict[str, dict[str, Any]]]:
+        """Each pass by its title, with the settings that are not the default ones and the seed that it was given."""
+        return [{one.title: {**one.model_dump(mode="json", exclude_defaults=True), **_own_seed(one)}} for one in self.passes]
 
 
-def _told(one: Pass) -> dict[str, Any]:
-    own = (
-        {"seed": getattr(one, "seed", 0)} if "seed" in one.model_fields_set else {}
-    )  # a 0 that was given is not the recipe's seed
-    return {**one.model_dump(mode="json", exclude_defaults=True), **own}
+def _own_seed(one: Pass) -> dict[str, int]:
+    """A seed that was given to a pass, be it 0: it is not the recipe's."""
+    return {"seed": getattr(one, "seed", 0)} if "seed" in one.model_fields_set else {}
 
 
 def read(source: str | Path) -> Recipe:

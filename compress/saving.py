@@ -1,6 +1,6 @@
 """A compressed model on disk: weights, processor, ledger and a model card; and back."""
 
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,22 +49,21 @@ def save(smaller: Smaller, folder: Path | str, measured: Mapping[str, Any] | Non
     when the folder cannot be written.
     """
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        # what is to be filled in by name is written under the names that modules have, not those of the hub
-        smaller.model.save_pretrained(partial, save_original_format=is_regular(smaller))
-        save_processor(smaller.processor, partial)
-        ledger.write(partial, smaller.ledger, smaller.parents, is_regular(smaller))
-        (partial / CARD).write_text(_card(smaller, measured or {}))
-        folder.mkdir(exist_ok=True)
-        for path in partial.iterdir():
-            path.replace(folder / path.name)
+        above = folder.resolve().parent
+        above.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=above, prefix=".sightline-") as beside:
+            partial = Path(beside)
+            # what is to be filled in by name is written under the names that modules have, not those of the hub
+            smaller.model.save_pretrained(partial, save_original_format=is_regular(smaller))
+            save_processor(smaller.processor, partial)
+            ledger.write(partial, smaller.ledger, smaller.parents, is_regular(smaller))
+            (partial / CARD).write_text(_card(smaller, measured or {}))
+            folder.mkdir(exist_ok=True)
+            for path in partial.iterdir():
+                path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
         raise LedgerError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

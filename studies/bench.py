@@ -18,11 +18,14 @@ from compress.measure import Answers, accuracy, affirmed, answer, compare, encod
 from compress.memory import peaks_by_phase
 from compress.passes.base import Evidence
 from compress.recipe import Recipe, compress
+from probe.analysis.stats import ends, paired_difference
 from probe.errors import DataError, ExampleError, PassError, SightlineError, TokenError
 from probe.example import Example
 from probe.subject import Encoded, Subject
 from studies.data import TELLINGS, Data, load_data
 from studies.run import Run
+from studies.tasks.readers import human_answers
+from studies.tasks.scores_open import LEAST, score_item, score_open
 from studies.work import sift
 
 SCHEMA = pa.schema([
@@ -56,11 +59,7 @@ class Configuration:
         """What it is, for a table: the recipe as YAML in one line."""
         if self.side is not None:
             return f"pictures of {self.side:.3g} of their side"
-        return json.dumps(_steps(self.recipe)) if self.recipe else ""
-
-
-def _steps(recipe: Recipe) -> list[dict[str, Any]]:
-    return [{one.title: one.model_dump(mode="json", exclude_defaults=True)} for one in recipe.passes]
+        return json.dumps(self.recipe.steps()) if self.recipe else ""
 
 
 @dataclass(eq=False)
@@ -95,6 +94,7 @@ class Bench:
     def _check(self, example: Example) -> None:
         if example.answer is None:
             raise DataError("it has no answer, and accuracy needs the right one")
+        score_item(example, "")  # names a tag of people's answers that cannot be read
         self.dense.render(example)
 
     @property
@@ -206,7 +206,7 @@ class Bench:
             "name": one.name, "recipe": one.told(), "baseline": one.baseline, "n": len(self.examples),
             "accuracy": shares["all"].value, "accuracy_low": shares["all"].low, "accuracy_high": shares["all"].high,
             "accuracy_by_kind": {kind: vars(share) for kind, share in shares.items() if kind != "all"},
-            "affirmed": vars(affirmed(answers)),
+            "affirmed": vars(affirmed(answers)), "open": self._open(answers),
             **(compare(self.answers, answers, self.seed).told() if same else {}), "text_only": self._text_only(subject),
             **_times(times), "peak_memory": weights + max(memory.values()) if memory else None, "memory": {"weights": weights, **memory},
             "flops": cost.flops, "flops_ratio": cost.macs / dense.macs, "flops_by_phase": {
@@ -214,6 +214,19 @@ class Bench:
             }, "decode_flops": 2 * cost.decode_macs, "kv_bytes": cost.kv_bytes, "kv_ratio": cost.kv_bytes / max(1.0, dense.kv_bytes),
             "parameters": cost.parameters, "not_counted": list(cost.notes),
         }  # fmt: skip
+
+    def _open(self, answers: Answers) -> dict[str, Any] | None:
+        """VQA accuracy, and its paired difference to the dense model, where people's answers are known; None elsewhere."""
+        if not any(len(human_answers(example)) >= LEAST for example in self.examples):
+            return None
+        these, dense = (
+            np.array([score_item(e, text) for e, text in zip(self.examples, said, strict=True)], dtype=np.float64)
+            for said in (answers.said, self.answers.said)
+        )
+        gap = paired_difference(these, dense, self.seed)
+        low, high = ends(float(gap.low), float(gap.high))
+        score = score_open(self.examples, answers.said, self.seed)
+        return {**score.as_dict(), "difference": {"value": float(gap.value), "low": low, "high": high, "n": score.n}}
 
     def _text_only(self, subject: Subject) -> dict[str, Any]:
         """How the model answers where it is shown nothing: what a step took from its language."""

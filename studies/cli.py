@@ -311,7 +311,7 @@ def compress(
         from compress.smaller import Smaller
         from studies.bench import Bench
         from studies.measuring import gather, make, refuse_folder
-        from studies.planning import planned, set_apart, told
+        from studies.planning import planned, set_apart, write
         from studies.points import sentence
 
         asked = read(recipe) if recipe else None
@@ -333,19 +333,7 @@ def compress(
             subject, asked, bench, folder, quiet, made.evidence if made else gather(subject, asked, examples, seed), whence
         )
         if made:
-            (folder / "recipe.yaml").write_text(made.recipe.dumped())
-            (folder / "plan.md").write_text(
-                "\n".join(
-                    [
-                        "# The plan",
-                        "",
-                        *told(made),
-                        "",
-                        f"The evidence comes from {whence}{' and from runs' if run else ''}.",
-                        "",
-                    ]
-                )
-            )
+            write(made, folder, whence, run or ())
             result |= {"plan": made.told()}
         result |= {"evidence_from": whence} if needs else {}
         _say(result, as_json, lambda: (

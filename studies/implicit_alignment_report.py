@@ -21,6 +21,7 @@ from probe.analysis.alignment import (
 from probe.analysis.stats import RESAMPLES, benjamini_hochberg, bootstrap_mean, correlate, sign_flip
 from probe.errors import DataError
 from probe.plots import alignment as plots
+from probe.plots import family
 from probe.sites import SITES
 from studies.implicit_alignment_weights import weights as overlaps
 from studies.implicit_alignment_words import report
@@ -370,8 +371,8 @@ def figures(run: Run, summary: Summary) -> None:
     if summary["weights"]["n_matrices"]:
         drawn.append(("weights", plots.weights))
     if len(summary["members"]) > 1:
-        drawn.append(("score-and-skill", plots.members))
+        drawn.append(("score-and-skill", family.members))
     if summary["growth"]:
-        drawn.append(("growth", plots.growth))
+        drawn.append(("growth", family.growth))
     for name, draw in drawn:
         run.figure(name, *draw(summary))

@@ -63,6 +63,8 @@ def alone(point: dict[str, Any]) -> dict[str, Any]:
     compared = ("difference", "p", "agreement", "divergence", "by_kind", "flops_ratio", "kv_ratio", "standing", "separable")
     left = {key: value for key, value in point.items() if key not in compared}
     text_only = {key: value for key, value in point["text_only"].items() if key not in compared}
+    if left.get("open"):
+        left["open"] = {key: value for key, value in left["open"].items() if key not in compared}
     return {**left, "text_only": text_only, "verdict": None, "on_frontier": None, "baseline": "", "ratios": {}, "amdahl": None}
 
 
@@ -91,6 +93,8 @@ def _alone_report(point: Mapping[str, Any]) -> str:
         ]
     if point["peak_memory"] is not None:
         lines.append(f"| peak memory | {point['peak_memory'] / 2**20:.1f} MiB |")
+    if one := point.get("open"):
+        lines.append(f"| {one['metric']} ({one['n']} answers) | {bracketed(one, '.1%')} |")
     return "\n".join([*lines, ""])
 
 
@@ -154,6 +158,8 @@ def _lines(point: Mapping[str, Any], data: str, whence: str) -> dict[str, Any]:
         told["peak memory"] = f"{point['peak_memory'] / 2**20:.1f} MiB, weights and the largest phase"
     if whence:
         told["evidence for what goes"] = whence
+    if one := point.get("open"):
+        told[one["metric"]] = f"{bracketed(one, '.1%')} of {one['n']} answers"
     if change:
         told["against the dense model"] = f"{bracketed(change, '+.1%')}, paired"
     if ratio:

@@ -125,6 +125,13 @@ _READERS = {"information-flow": _flow, "implicit-alignment": _alignment}
 # --- words -------------------------------------------------------------------------------------------------------------
 
 
+def write(made: Plan, folder: Path, whence: str, runs: Sequence[str | Path] = ()) -> None:
+    """The plan beside the model that it made: `recipe.yaml`, and `plan.md` with why each step and where the evidence comes from."""
+    (folder / "recipe.yaml").write_text(made.recipe.dumped())
+    ends = f"The evidence comes from {whence}{' and from runs' if runs else ''}."
+    (folder / "plan.md").write_text("\n".join(["# The plan", "", *told(made), "", ends, ""]))
+
+
 def told(made: Plan) -> list[str]:
     """A plan in Markdown: its choices with their reasons, and what it was chosen among."""
     lines = [

@@ -75,7 +75,7 @@ class Seen:
         """The keys of the whole row."""
         return self._own_call.key[0]
 
-    @property
+    @cached_property
     def voters(self) -> Int[Tensor, " voter"]:
         """The columns that take part: padding and what is hidden do not, just as what was dropped cannot."""
         length = self._own_call.query.shape[2]

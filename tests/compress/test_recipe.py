@@ -146,6 +146,23 @@ def test_nothing_removed_is_bitwise_nothing(toy):
         assert torch.equal(last_logits(smaller, encoded), last_logits(subject, encoded))
 
 
+def test_saving_leaves_what_stands_beside_alone_and_writes_where_one_is(toy, tmp_path, monkeypatch):
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "mine").write_text("kept")
+    smaller = made(toy("llava"))
+    saving.save(smaller, tmp_path / "m")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    saving.save(smaller, ".")
+    assert (tmp_path / "m.partial" / "mine").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "m", "m.partial"]
+    assert (
+        {path.name for path in (tmp_path / "here").iterdir()}
+        == {path.name for path in (tmp_path / "m").iterdir()}
+        >= {FILE, "README.md"}
+    )
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_leaves_no_half_model(toy, tmp_path, monkeypatch, error):
     smaller = made(toy("llava"))

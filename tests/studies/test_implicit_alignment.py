@@ -15,6 +15,7 @@ from probe.analysis.stats import wilson
 from probe.calibration import linear_maps
 from probe.errors import DataError, StudyError
 from probe.plots import alignment as plots
+from probe.plots import family
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.family import load_member, members
@@ -135,7 +136,7 @@ def test_growth_goes_by_steps_and_draws_every_training():
     assert grown["a"]["input"]["mean"] == [0.1, 0.0, 0.3]
     assert grown["b"]["same"]["low"] == grown["b"]["same"]["mean"]
     assert grown["a"]["hallucination"] is None
-    figure, page = plots.growth({"growth": grown})
+    figure, page = family.growth({"growth": grown})
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "IMA score of a", "What a can do", "IMA score of b", "What b can do",
     ]  # fmt: skip

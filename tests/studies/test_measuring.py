@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from studies.bench import KEYS
+from probe import load
+from studies.bench import KEYS, Bench, Configuration
 from studies.cli import app
+from studies.data import Data, load_data
 from tests.studies import command
 
 run = CliRunner().invoke
@@ -199,3 +202,24 @@ def test_the_examples_of_the_documentation_are_recipes():
     for page, file in (("recipes.md", recipe), ("search.md", space)):
         assert file.read_text() in (folder / "docs/compress" / page).read_text()
     assert yaml.safe_load(recipe.read_text())["name"] == "half"
+
+
+def test_people_answers_are_scored_as_vqa_does():
+    """Three of ten agree with what is said: wholly right three times out of ten left-one-outs, by two thirds in the others."""
+    subject = load("demo")
+    one = load_data("demo", 1).examples[0]
+    people = [one.answer] * 3 + ["nonsense"] * 7
+    asked = replace(one, tags={**one.tags, "answers": json.dumps(people)})
+    bench = Bench(subject, Data("people", (asked, replace(asked, id="again")), "f"), 2, 0, 2)
+    assert bench.answers.right.all()  # so that what is said is the three people's answer
+    with bench.opened(Configuration("dense")) as dense:
+        point = json.loads(bench.measure_model(Configuration("dense"), dense)[-1]["text"])
+    assert point["open"]["metric"] == "VQA accuracy"
+    assert point["open"]["value"] == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert point["open"]["difference"]["value"] == 0
+    plain = Bench(subject, Data("nobody", (one,), "f"), 2, 0, 2)
+    with plain.opened(Configuration("dense")) as dense:
+        assert json.loads(plain.measure_model(Configuration("dense"), dense)[-1]["text"])["open"] is None
+    broken = Bench(subject, Data("bad", (replace(one, id="bad", tags={"answers": "["}), one), "f"), 2, 0, 2)
+    assert list(broken.sifted[1]) == ["bad"]
+    assert "is no JSON list" in broken.sifted[1]["bad"]
