@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from probe.alignment import SIDES, Sides
+from probe.alignment import SIDES, Sides, span
 from probe.subject import Subject
 
 
@@ -18,13 +17,14 @@ class InputSquares:
     """
 
     def __init__(self, subject: Subject, sides: Sequence[Sides | None]) -> None:
-        self.subject, self.sides = subject, sides
-        self.totals: dict[tuple[str, str], np.ndarray] = {}
+        self.subject = subject
+        self.at = [() if one is None else (span(one.perceptual), span(one.textual)) for one in sides]
+        self.sums: dict[tuple[str, str], Tensor] = {}
         self.stack = ExitStack()
         self.seen: Tensor | None = None
 
     def __enter__(self) -> "InputSquares":  # noqa: PYI034  beartype takes Self in decorated classes only
-        if any(self.sides):
+        if any(self.at):
             for name, module in linear_maps(self.subject):
                 self.stack.callback(
                     module.register_forward_pre_hook(lambda _, args, name=name: self._take(name, args[0])).remove
@@ -39,13 +39,16 @@ class InputSquares:
         if entering is self.seen or entering.dim() != 3:
             return
         self.seen = entering
-        for i, sides in enumerate(self.sides):
-            if sides is None:
-                continue
-            for side, positions in zip(SIDES, (sides.perceptual, sides.textual), strict=True):
-                picked = entering[i, torch.from_numpy(positions).to(entering.device)].detach().float()
-                found = picked.square().sum(0).double().cpu().numpy()
-                self.totals[side, name] = self.totals.get((side, name), 0.0) + found
+        for state, at in zip(entering.detach(), self.at, strict=True):
+            for side, positions in zip(SIDES, at, strict=False):  # of an example that is left out, none
+                found = state[positions].float().square().sum(0).double()
+                known = self.sums.get((side, name))
+                self.sums[side, name] = found if known is None else known + found
+
+    @property
+    def totals(self) -> dict[tuple[str, str], np.ndarray]:
+        """The sums by side and name of the map (width); they leave the device here, and not while the pass runs."""
+        return {key: total.cpu().numpy() for key, total in self.sums.items()}
 
 
 def linear_maps(subject: Subject) -> list[tuple[str, nn.Linear]]:

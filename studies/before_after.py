@@ -59,6 +59,8 @@ def before_after(
     says how it is compressed: without one, by the plan from evidence that reads a prompt at no more than `budget` of the dense FLOPs. What its
     passes or the plan ask for comes from `evidence_data`, or examples set apart. `window_width` is that of information-flow, in layers of each model.
     """
+    if window_width is not None:
+        window(0, window_width, setting.subject.n_layers)  # before anything is planned; what is left may have fewer layers
     setting, before, after = _models(setting, recipe, budget, dense, evidence_data)
     width = default_window(after.n_layers) if window_width is None else window_width
     window(0, width, after.n_layers)

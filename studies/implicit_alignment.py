@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.alignment import SIDES, Anchors, Reading, gather_anchors, read_alignment, sides_of
+from probe.alignment import SIDES, Anchors, Reading, Sides, gather_anchors, read_alignment, sides_of
 from probe.analysis.alignment import score
 from probe.calibration import InputSquares
 from probe.errors import SightlineError, StudyError
 from probe.example import Example
-from probe.subject import Subject
+from probe.subject import Encoded, Subject
 from studies.data import Data
 from studies.demo.family import load_member, members
 from studies.modalities import Part, parts_of
@@ -139,17 +139,28 @@ def unit(
     part: Part, examples: Sequence[tuple[int, Example]], anchors: Anchors | None, words_limit: int, weights_limit: int
 ) -> list[dict[str, Any]]:
     """All rows of some examples of one modality, each with its number; one that cannot be read is a row that says why."""
-    reasons = {e.id: _usable(part.subject, e, part.modality) for _, e in examples}
-    rows = [_row(part, e.id, "skipped", "", text=reasons[e.id]) for _, e in examples if reasons[e.id]]
-    usable = [(i, e) for i, e in examples if not reasons[e.id]]
-    return rows + (_read(part, usable, anchors, words_limit, weights_limit) if usable else [])
+    try:
+        rows, usable, read = [], examples, _encoded(part, examples)
+    except SightlineError:  # which of them cannot be read, and why, is asked one by one
+        reasons = {e.id: _usable(part.subject, e, part.modality) for _, e in examples}
+        rows = [_row(part, e.id, "skipped", "", text=reasons[e.id]) for _, e in examples if reasons[e.id]]
+        usable = [(i, e) for i, e in examples if not reasons[e.id]]
+        if not usable:
+            return rows
+        read = _encoded(part, usable)
+    return rows + _read(part, usable, *read, anchors, words_limit, weights_limit)
+
+
+def _encoded(part: Part, examples: Sequence[tuple[int, Example]]) -> tuple[Encoded, list[Sides]]:
+    """A batch, and which positions of each example are on which side."""
+    encoded = part.subject.encode([e for _, e in examples], part.padding)
+    return encoded, [sides_of(m, e, part.modality) for m, (_, e) in zip(encoded.maps, examples, strict=True)]
 
 
 def _read(
-    part: Part, examples: Sequence[tuple[int, Example]], anchors: Anchors | None, words_limit: int, weights_limit: int
-) -> list[dict[str, Any]]:
-    encoded = part.subject.encode([e for _, e in examples], part.padding)
-    sides = [sides_of(m, e, part.modality) for m, (_, e) in zip(encoded.maps, examples, strict=True)]
+    part: Part, examples: Sequence[tuple[int, Example]], encoded: Encoded, sides: Sequence[Sides], anchors: Anchors | None,
+    words_limit: int, weights_limit: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     wanted = [i < weights_limit for i, _ in examples]
     with InputSquares(part.subject, [s if w else None for s, w in zip(sides, wanted, strict=True)]) as squares:
         readings = read_alignment(part.subject, encoded, sides, anchors, words=any(i < words_limit for i, _ in examples))

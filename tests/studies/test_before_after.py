@@ -91,6 +91,7 @@ def test_masses_are_those_of_the_model_as_it_runs():
     assert np.isfinite(plain).all()
 
 
+@pytest.mark.slow
 def test_without_a_recipe_a_plan_from_evidence_is_compared(tmp_path, monkeypatch):
     monkeypatch.setattr("studies.planning.APART", 4)  # examples that the plan rests on
     asked = ["study", "before-after", "--model", "demo", "--limit", "2", "--budget", "0.7", "--quiet", "--json"]

@@ -75,7 +75,9 @@ def test_it_says_what_was_asked(run):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["demo:frozen", "llava", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("demo:frozen", marks=pytest.mark.slow), "llava", pytest.param("qwen2_vl", marks=pytest.mark.slow)]
+)
 def test_global_similarity_is_that_of_centroids_over_all_tokens(toy, tmp_path, name):
     """The slow way: every token of every example added up, in float64; and whatever the size of the units."""
     subject = load(name) if name.startswith("demo") else toy(name)

@@ -217,6 +217,7 @@ def test_padding_on_the_right_gives_the_same_numbers(done, subject, tmp_path):
         np.testing.assert_allclose(right["flows"][name]["mass"], flow["mass"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_the_demo_hiding_the_picture_is_having_none(tmp_path):
     """What the figure rests on: the model knows the answers, without its picture it guesses, and nothing cut is nothing changed."""
     data = load_data("demo", 128)
