@@ -62,7 +62,7 @@ def _on_page(panels: Sequence[tuple[str, Sequence[Line]]], label: str, axis: str
                 row=1, col=column,
             )  # fmt: skip
             page.add_scatter(
-                x=[*points["x"], *reversed(points["x"])], y=[*points["high"], *reversed(points["low"])], fill="toself",
+                x=[*points["x"], *reversed(points["x"])], y=[*points["high"], *reversed(points["low"])], mode="lines", fill="toself",
                 fillcolor=band(colour, 0.10), line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name, row=1, col=column,
             )  # fmt: skip
             seen.add(name)

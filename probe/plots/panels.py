@@ -76,7 +76,7 @@ def _curves_on_page(
             )  # fmt: skip
             if curve.get("low") is not None:
                 figure.add_scatter(
-                    x=[*at, *reversed(at)], y=[*curve["high"], *reversed(curve["low"])], fill="toself", fillcolor=band(colour, 0.15),
+                    x=[*at, *reversed(at)], y=[*curve["high"], *reversed(curve["low"])], mode="lines", fill="toself", fillcolor=band(colour, 0.15),
                     line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name, row=1, col=column,
                 )  # fmt: skip
             seen.add(name)

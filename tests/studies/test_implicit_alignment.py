@@ -139,6 +139,9 @@ def test_growth_goes_by_steps_and_draws_every_training():
     assert grown["b"]["same"]["low"] == grown["b"]["same"]["mean"]
     assert grown["a"]["hallucination"] is None
     figure, page = family.growth({"growth": grown})
+    assert all(
+        trace.mode == "lines" for trace in page.data if trace.fill
+    )  # plotly marks the edges of short bands unless it is told
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "IMA score of a", "What a can do", "IMA score of b", "What b can do",
     ]  # fmt: skip
