@@ -1,8 +1,9 @@
 """Reads how alike perceptual and textual tokens are off one forward pass, every layer and site of it, keeping nothing but numbers."""
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from probe.analysis.alignment import (
 )
 from probe.errors import ExampleError
 from probe.example import Example
-from probe.sites import SITES, watching
+from probe.sites import SITES, missing, watching
 from probe.subject import Encoded, Subject
 from probe.tokens import TokenMap
 from probe.tracing import last_logits, read_out
@@ -57,6 +58,10 @@ def sides_of(token_map: TokenMap, example: Example, modality: str) -> Sides:
     return Sides(perceptual, np.sort(textual))
 
 
+Means = dict[str, dict[int, Tensor]]  # site: layer: mean states
+Stack = tuple[list[int], Tensor]  # layers whose states are equally wide, and those (layer ... width)
+
+
 @dataclass
 class Anchors:
     """Textual states of other examples, with which an example's perceptual ones have nothing to do: the unmatched side.
@@ -65,14 +70,24 @@ class Anchors:
     """
 
     ids: list[str] = field(default_factory=list)
-    means: dict[str, dict[int, list[Tensor]]] = field(
-        default_factory=dict
-    )  # site: layer: mean textual state of each, length one
+    means: dict[str, list[Stack]] = field(default_factory=dict)  # site: mean textual states (layer anchor width), length one
     tokens: dict[int, list[Tokens]] = field(default_factory=dict)  # state index: textual states of each, for the other modes
 
     def others(self, example: Example) -> list[int]:
         """Indices of the anchors that are not this example."""
         return [i for i, name in enumerate(self.ids) if name != example.id]
+
+    def joined(self, readers: Sequence["Reader"]) -> "Anchors":
+        """The examples of these readers for anchors, as they were read: nothing is read again. Token by token stay those that already are."""
+        if [reader.example.id for reader in readers[: len(self.ids)]] != self.ids:
+            raise ValueError("the anchors that are known token by token come first")
+        means: dict[str, dict[int, list[Tensor]]] = {}
+        for reader in readers:
+            for site, states in reader.means[1].items():
+                for layer, state in states.items():
+                    means.setdefault(site, {}).setdefault(layer, []).append(state)
+        stacked = {site: {i: torch.stack(few) for i, few in layers.items()} for site, layers in means.items()}
+        return Anchors([reader.example.id for reader in readers], _units(stacked), self.tokens)
 
 
 @dataclass
@@ -100,6 +115,7 @@ def gather_anchors(
 ) -> Anchors:
     """The textual states of some examples, one pass each; of the first `whole` token by token."""
     anchors = Anchors()
+    means: dict[str, dict[int, list[Tensor]]] = {}
     for example in examples:
         encoded = subject.encode(example)
         at = span(sides_of(encoded.maps[0], example, modality).textual)
@@ -107,7 +123,7 @@ def gather_anchors(
 
         def take(site: str, layer: int, state: Tensor, at: slice | Tensor = at, keeps: bool = keeps) -> None:
             words = state[0, at]
-            anchors.means.setdefault(site, {}).setdefault(layer, []).append(unit(words.mean(0, dtype=torch.float32)))
+            means.setdefault(site, {}).setdefault(layer, []).append(words.mean(0, dtype=torch.float32))
             index = _index(site, layer)
             if keeps and index is not None:
                 anchors.tokens.setdefault(index, []).append(Tokens.of(words))
@@ -115,6 +131,8 @@ def gather_anchors(
         with watching(subject, take, _read(sites)):
             last_logits(subject, encoded)
         anchors.ids.append(example.id)
+    stacked = {site: {i: torch.stack(few) for i, few in layers.items()} for site, layers in means.items()}
+    anchors.means = _units(_between(subject, stacked, sites))
     return anchors
 
 
@@ -127,6 +145,14 @@ def read_alignment(
     With `words`, the vocabulary distributions of a tenth of the layers are compared as well: an unembedding of every token there.
     The site `out`, and `in` of layer 0, are always read.
     """
+    return [reader.reading() for reader in watch_alignment(subject, encoded, sides, anchors, words, sites)]
+
+
+def watch_alignment(
+    subject: Subject, encoded: Encoded, sides: Sequence[Sides], anchors: Anchors | None = None, words: bool = False,
+    sites: Sequence[str] = SITES,
+) -> list["Reader"]:  # fmt: skip
+    """The pass of `read_alignment`: its readers, who can say what they have read once all anchors are known."""
     readers = [Reader(subject, example, side, anchors, words) for example, side in zip(encoded.examples, sides, strict=True)]
 
     def take(site: str, layer: int, state: Tensor) -> None:
@@ -135,7 +161,9 @@ def read_alignment(
 
     with watching(subject, take, _read(sites)):
         last_logits(subject, encoded)
-    return [reader.reading() for reader in readers]
+    for reader in readers:
+        reader.finish(sites)
+    return readers
 
 
 def span(positions: np.ndarray) -> slice | Tensor:
@@ -146,7 +174,21 @@ def span(positions: np.ndarray) -> slice | Tensor:
 
 
 def _read(sites: Sequence[str]) -> list[str]:
-    return [site for site in SITES if site in ("in", "out", *sites)]
+    """The sites that are watched: what lies between attention and the feed-forward block follows from its two parts, if both are read."""
+    return [site for site in SITES if site in ("in", "out", *sites) and not (site == "mid" and "attn" in sites)]
+
+
+def _between(subject: Subject, means: Means, sites: Sequence[str]) -> Means:
+    """Mean states by site and layer, with those of `mid`: the mean of what enters and is added is the sum of their means."""
+    if "mid" not in sites or "attn" not in means:
+        return means
+    absent = missing(subject)
+    mid = {layer: means["in"][layer] + added for layer, added in means["attn"].items() if ("mid", layer) not in absent}
+    return {**means, **({"mid": mid} if mid else {})}
+
+
+def _units(means: Means) -> dict[str, list[Stack]]:
+    return {site: [(layers, unit(states)) for layers, states in _stacked(found)] for site, found in means.items()}
 
 
 def _index(site: str, layer: int) -> int | None:
@@ -163,8 +205,7 @@ class Reader:
         self.subject, self.example = subject, example
         self.at = (span(sides.perceptual), span(sides.textual))
         self.anchors = anchors or Anchors()
-        self.others = self.anchors.others(example)
-        self.means: tuple[dict[str, dict[int, Tensor]], ...] = ({}, {})  # of each side; site: layer: the mean state
+        self.means: tuple[Means, ...] = ({}, {})  # of each side
         self.similar: list[Tensor] = []
         self.unmatched: list[Tensor] = []
         self.sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -193,7 +234,7 @@ class Reader:
     def _state(self, index: int, p: Tokens, t: Tokens) -> None:
         self.similar.append(similar(p, t))
         whole = self.anchors.tokens.get(index, [])
-        if others := [whole[j] for j in self.others if j < len(whole)][:2]:
+        if others := [whole[j] for j in self.anchors.others(self.example) if j < len(whole)][:2]:
             self.unmatched.append(torch.stack([similar(p, other) for other in others]).mean(0))
         for kept, now in zip(self.sizes, (p, t), strict=True):
             kept.append(sizes(now))
@@ -205,16 +246,25 @@ class Reader:
 
     def _words(self, p: Tensor, t: Tensor) -> None:
         """The same layer on both sides, and as published: the perceptual side always as it enters layer 0."""
-        logits = read_out(self.subject, torch.cat([p, t]).to(self.subject.dtype)).float().log_softmax(-1)
-        now, asked = Spoken.of(logits[: len(p)]), Spoken.of(logits[len(p) :])
+        logits = read_out(self.subject, torch.cat([p, t]).to(self.subject.dtype))
+        now, asked = Spoken.of(logits[: len(p)], len(t)), Spoken.of(logits[len(p) :], len(p))
         if self.first is None:
-            self.first = replace(now, each=now.each[: len(t)].clone())  # no more of them are compared one by one
+            self.first = now
         self.words["same"].append(diverging(now, asked))
         self.words["input"].append(diverging(self.first, asked))
 
-    def reading(self) -> Reading:
-        """What the example says, once the pass is over."""
-        p, t = (torch.stack([means["in"][0], *means["out"].values()]) for means in map(_gathered, self.means))
+    def finish(self, sites: Sequence[str]) -> None:
+        """The pass is over: whole states, which only it needs, are let go."""
+        self.means = tuple(_between(self.subject, means, sites) for means in self.means)
+        self.before.clear()
+        self.first = None
+
+    def reading(self, anchors: Anchors | None = None) -> Reading:
+        """What the example says, once the pass is over; beside more `anchors` than were known while it ran."""
+        anchors = anchors or self.anchors
+        others = anchors.others(self.example)
+        sides = [{site: _stacked(states) for site, states in means.items()} for means in self.means]
+        p, t = map(_states, sides)
         found = Reading(self.example.id)
         found.similar["matched"] = _columns(MODES, self.similar)
         found.from_input["matched"] = cosine(p[0], t).tolist()
@@ -225,41 +275,51 @@ class Reader:
             avg = cosine(means[:-interval], means[interval:]).tolist()
             found.drift.setdefault(side, {})[interval] = {"avg": avg, **_columns(DIAGONAL, moved)}
         found.words = {reading: _columns(DIVERGENCES, values) for reading, values in self.words.items() if values}
-        self._sites(found)
-        if self.others:
-            self._apart(found, p)
+        found.sites["matched"] = {site: _by_layer(cosine, sides[0][site], sides[1][site]) for site in sides[0]}
+        if others:
+            apart = partial(_mean_cosine, others=others)
+            means = _states(anchors.means)
+            found.sites["unmatched"] = {
+                site: _by_layer(apart, states, anchors.means[site])
+                for site, states in sides[0].items()
+                if site in anchors.means
+            }
+            # `avg` over all anchors, where the other modes have two
+            found.similar["unmatched"] = _columns(MODES, self.unmatched) if self.unmatched else {}
+            found.similar["unmatched"]["avg"] = apart(p, means).tolist()
+            found.from_input["unmatched"] = apart(p[:1], means).tolist()
         return found
 
-    def _sites(self, found: Reading) -> None:
-        for site in self.means[0]:
-            p, t = (_gathered(means)[site] for means in self.means)
-            layers = list(p)
-            own = torch.stack([cosine(p[layer], t[layer]) for layer in layers])  # one by one: inner widths may differ
-            found.sites.setdefault("matched", {})[site] = dict(zip(layers, own.tolist(), strict=True))
-            if self.others and site in self.anchors.means:
-                apart = self._cosines(list(p.values()), [self.anchors.means[site][layer] for layer in layers])
-                found.sites.setdefault("unmatched", {})[site] = dict(zip(layers, apart, strict=True))
 
-    def _apart(self, found: Reading, p: Tensor) -> None:
-        """The unmatched pairing: `avg` over all anchors, where the other modes have two."""
-        means = [self.anchors.means["in"][0], *self.anchors.means["out"].values()]
-        found.similar["unmatched"] = _columns(MODES, self.unmatched) if self.unmatched else {}
-        found.similar["unmatched"]["avg"] = self._cosines(list(p), means)
-        found.from_input["unmatched"] = self._cosines([p[0]] * len(means), means)
-
-    def _cosines(self, states: Sequence[Tensor], means: Sequence[Sequence[Tensor]]) -> list[float]:
-        """Each state's mean cosine with the anchors that are not this example."""
-        found = [
-            (torch.stack([row[j] for j in self.others]).to(state.device) @ unit(state)).mean()
-            for state, row in zip(states, means, strict=True)
-        ]
-        return [float(x) for x in torch.stack(found).tolist()]
+def _mean_cosine(
+    states: Float[Tensor, "_ width"], means: Float[Tensor, "state anchor width"], others: Sequence[int]
+) -> Float[Tensor, " state"]:
+    """Each state's mean cosine with some of the anchors; one state may stand for all."""
+    each = (means.to(states.device) @ unit(states)[..., None])[..., 0]
+    return each[:, others].mean(1)
 
 
-def _gathered(means: dict[str, dict[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
-    """Means of a side, all on the device of the first: the layers of a model may lie on several."""
-    device = means["in"][0].device
-    return {site: {layer: state.to(device) for layer, state in layers.items()} for site, layers in means.items()}
+def _by_layer(compare: Callable[[Tensor, Tensor], Tensor], ours: list[Stack], theirs: list[Stack]) -> dict[int, float]:
+    """What a comparison says at each layer."""
+    found: dict[int, float] = {}
+    for (layers, a), (_, b) in zip(ours, theirs, strict=True):
+        found |= dict(zip(layers, compare(a, b).tolist(), strict=True))
+    return found
+
+
+def _stacked(states: dict[int, Tensor]) -> list[Stack]:
+    """States by layer, the equally wide ones together (inner widths may differ), on the device of the first: layers may lie on several."""
+    device = next(iter(states.values())).device
+    alike: dict[int, list[int]] = {}
+    for layer, state in states.items():
+        alike.setdefault(state.shape[-1], []).append(layer)
+    return [(layers, torch.stack([states[layer].to(device) for layer in layers])) for layers in alike.values()]
+
+
+def _states(sites: dict[str, list[Stack]]) -> Tensor:
+    """What enters layer 0 and what leaves each layer (state ... width)."""
+    (_, first), (_, left) = sites["in"][0], sites["out"][0]
+    return torch.cat([first[:1], left.to(first.device)])
 
 
 def _columns(names: Sequence[str], rows: Sequence[Tensor]) -> dict[str, list[float]]:

@@ -29,7 +29,7 @@ from probe.relevance import relevance
 from probe.subject import Encoded, Subject
 from probe.tracing import last_logits
 from studies.data import Data
-from studies.implicit_alignment import ANCHORS, unit
+from studies.implicit_alignment import ANCHORS, WHOLE, watch
 from studies.modalities import Part
 from studies.ratios import FIGURE, Goal, Measured, bounds, figure, head, lines, over, row
 from studies.run import Run
@@ -40,6 +40,7 @@ EXAMPLES, WORDS = 200, 80  # of an implicit-alignment study: how many there are,
 READ = 4  # examples in a pass that is timed
 FEW = 32  # examples that a whole study's memory is held against
 CALIBRATED = 128  # examples that Wanda looks at
+AT_ONCE = 50  # closed forms that are timed together
 OPTIONS = ("red", "two blue circle", "left", "there is a green star")
 STREAMED = "alignment_memory_ratio"
 GOALS = {
@@ -119,17 +120,21 @@ def analyses(
 
 
 def _alignment(subject: Subject, anchors: list[Example], read: list[Example], taking_turns: Turns) -> Found:
-    """The work of an implicit-alignment study, put together from what was measured: its anchors once, and of each example its rows."""
+    """The work of an implicit-alignment study, put together from what was measured: its anchors' tokens once, and of each example its rows.
+
+    The other anchors are examples as they are read.
+    """
     part = Part("image", subject, Data("bench", tuple(read), ""))
     encoded, gathered, numbered = subject.encode(read), gather_anchors(subject, anchors, "image"), list(enumerate(read))
+    rows = lambda words: watch(part, numbered, gathered, words, READ).rows(gathered)  # noqa: E731
     seconds = taking_turns({
         "alignment forwards": lambda: last_logits(subject, encoded),
-        "anchors": lambda: gather_anchors(subject, anchors[:READ], "image"),
-        "alignment": lambda: unit(part, numbered, gathered, words_limit=0, weights_limit=READ),
-        "alignment with words": lambda: unit(part, numbered, gathered, words_limit=READ, weights_limit=READ),
+        "anchors": lambda: gather_anchors(subject, anchors[:READ], "image", READ),
+        "alignment": partial(rows, 0),
+        "alignment with words": partial(rows, READ),
     })  # fmt: skip
     each = {name: np.array(found) / READ for name, found in seconds.items()}
-    whole = ANCHORS * each["anchors"] + (EXAMPLES - WORDS) * each["alignment"] + WORDS * each["alignment with words"]
+    whole = WHOLE * each["anchors"] + (EXAMPLES - WORDS) * each["alignment"] + WORDS * each["alignment with words"]
     found = ratio(whole.tolist(), (EXAMPLES * each["alignment forwards"]).tolist())
     return {
         "alignment_over_forwards": found.value, "intervals": {"alignment_over_forwards": bounds(found)}, "seconds": seconds,
@@ -150,7 +155,9 @@ def _pairs(width: int, target: torch.device, seed: int, taking_turns: Turns) -> 
     """The mean cosine of all pairs of two sets, both ways."""
     rng = np.random.default_rng(seed)
     a, b = (torch.tensor(rng.normal(size=(EXAMPLES, width)) + 0.3, dtype=torch.float32, device=target) for _ in range(2))
-    seconds = taking_turns({"closed form": lambda: _closed(a, b), "double loop": lambda: _loop(a, b)})
+    many = lambda: [_closed(a, b) for _ in range(AT_ONCE)]  # noqa: E731  one alone is mostly the waking of threads
+    seconds = taking_turns({"closed form": many, "double loop": lambda: _loop(a, b)})
+    seconds["closed form"] = [s / AT_ONCE for s in seconds["closed form"]]
     found = over(seconds, "double loop", "closed form")
     return {
         "pairs_speedup": found.value, "pairs_difference": abs(_closed(a, b) - _loop(a, b)), "seconds": seconds,

@@ -5,7 +5,9 @@ words, layer by layer and inside each block, beside unmatched pairs; whether the
 with accuracy and hallucination over a family of models. One forward pass for each example.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from probe.alignment import SIDES, Anchors, Reading, Sides, gather_anchors, read_alignment, sides_of
+from probe.alignment import SIDES, Anchors, Reader, Reading, Sides, gather_anchors, read_alignment, sides_of, watch_alignment
 from probe.analysis.alignment import score
 from probe.calibration import InputSquares
 from probe.errors import SightlineError, StudyError
@@ -30,6 +32,8 @@ SCHEMA = pa.schema([
     ("values", pa.list_(pa.float64())), ("vector", pa.list_(pa.float32())), ("n", pa.int32()), ("text", pa.string()),
 ])  # fmt: skip
 ANCHORS, PLANES = 16, 4  # examples that stand for the unmatched side; states that are drawn in the plane
+WHOLE = 3  # of the anchors, those whose every token is compared: any example has two that are not itself
+Numbered = list[tuple[int, Example]]
 DRAWN = 256  # examples that are drawn there: their mean states are kept, and of no others
 
 
@@ -87,16 +91,9 @@ def _carry_out(
     total = sum(len(part.data) for part in parts) + len(names)
     with progress("implicit alignment", total, setting.quiet) as advance:
         for part in parts:
-            chosen = _chosen(part)
-            read = _digest(example.id for example in chosen)  # a unit that was read beside fewer anchors is another unit
-            work = [(f"{part.modality}-{key}-{read}", items) for key, items in units(len(part.data), setting.batch)]
-            todo, keys = set(run.pending(key for key, _ in work)), [*keys, *(key for key, _ in work)]
-            anchors = gather_anchors(part.subject, chosen, part.modality) if todo and len(chosen) > 1 else None
-            for key, items in work:
-                if key in todo:
-                    examples = [(i, part.data.examples[i]) for i in items]
-                    run.write(key, unit(part, examples, anchors, words_limit, weights_limit))
-                advance(len(items))
+            work = _work(part, setting.batch)
+            keys += [key for key, _ in work.units]
+            _read_part(run, part, work, partial(watch, part, words_limit=words_limit, weights_limit=weights_limit), advance)
         asked = _existence(setting, family_limit) if names else []
         shown = _digest(example.id for example in (*setting.data.examples[:family_limit], *asked))
         for name in names:
@@ -130,50 +127,101 @@ def _chosen(part: Part) -> list[Example]:
     return list(islice(usable, ANCHORS))
 
 
+@dataclass(frozen=True)
+class Work:
+    """A part's units of work, each with its numbered examples; of the first (`leading`), anchors are taken as they are read."""
+
+    units: list[tuple[str, Numbered]]
+    leading: int
+    anchors: list[Example]
+
+
+def _work(part: Part, batch: int) -> Work:
+    """The units' keys name the leading examples: a unit that was read beside fewer anchors, or anchors that came in other batches, is another unit."""
+    chosen = _chosen(part)
+    cut = [(key, [(i, part.data.examples[i]) for i in items]) for key, items in units(len(part.data), batch)]
+    last = chosen[-1].id if len(chosen) > 1 else None
+    leading = next((i + 1 for i, (_, some) in enumerate(cut) if any(e.id == last for _, e in some)), 0)
+    beside = _digest(e.id for _, some in cut[:leading] for _, e in some)
+    return Work([(f"{part.modality}-{key}-{beside}", some) for key, some in cut], leading, chosen if leading else [])
+
+
+def _read_part(
+    run: Run, part: Part, work: Work, watch: "Callable[[Numbered, Anchors | None], Watched]", advance: Callable[[int], None]
+) -> None:
+    """Every unit that the run does not hold yet. The anchors' own units are read first, and again where others are missing."""
+    todo = set(run.pending(key for key, _ in work.units))
+    anchors, watched = None, {}
+    if todo and work.anchors:
+        anchors = gather_anchors(part.subject, work.anchors[:WHOLE], part.modality)
+        for key, some in work.units[: work.leading]:
+            watched[key] = watch(some, anchors)
+            advance(len(some))
+        ids = {e.id for e in work.anchors}
+        anchors = anchors.joined([r for one in watched.values() for r in one.readers if r.example.id in ids])
+    for key, some in work.units:
+        if key in todo:
+            run.write(key, (watched.get(key) or watch(some, anchors)).rows(anchors))
+        advance(0 if key in watched else len(some))
+
+
 def _digest(names: Iterable[str]) -> str:
     """What stands for some examples in a unit's key."""
     return sha256("\n".join(names).encode()).hexdigest()[:8]
 
 
-def unit(
-    part: Part, examples: Sequence[tuple[int, Example]], anchors: Anchors | None, words_limit: int, weights_limit: int
-) -> list[dict[str, Any]]:
-    """All rows of some examples of one modality, each with its number; one that cannot be read is a row that says why."""
+@dataclass(frozen=True)
+class Watched:
+    """One forward pass over some examples of a modality: of what was seen in it rows are made once all anchors are known."""
+
+    part: Part
+    skipped: list[dict[str, Any]]  # the rows of those that cannot be read
+    examples: Numbered  # the others
+    sides: Sequence[Sides]
+    readers: list[Reader]
+    squares: dict[tuple[str, str], np.ndarray]
+    words_limit: int
+    weights_limit: int
+
+    def rows(self, anchors: Anchors | None) -> list[dict[str, Any]]:
+        """All rows, an unmatched side beside these anchors."""
+        if not self.readers:
+            return self.skipped
+        part, readings = self.part, [reader.reading(anchors) for reader in self.readers]
+        rows = self.skipped + [
+            row for (i, _), reading in zip(self.examples, readings, strict=True)
+            for row in [*_reading_rows(part, reading, i < self.words_limit), *(_plane_rows(part, reading) if i < DRAWN else ())]
+        ]  # fmt: skip
+        weighed = sum(i < self.weights_limit for i, _ in self.examples)
+        rows += [
+            _row(part, "", "squares", f"{side}/{name}", vector=total, n=weighed) for (side, name), total in self.squares.items()
+        ]
+        rows += [_centroid(part, side, readings, [len(getattr(s, side)) for s in self.sides]) for side in SIDES]
+        return rows + _sums(part, readings, [i for i, _ in self.examples])
+
+
+def watch(part: Part, examples: Numbered, anchors: Anchors | None, words_limit: int, weights_limit: int) -> Watched:
+    """Reads some examples of one modality, each with its number; one that cannot be read is a row that says why."""
     try:
-        rows, usable, read = [], examples, _encoded(part, examples)
+        skipped, usable, read = [], examples, _encoded(part, examples)
     except SightlineError:  # which of them cannot be read, and why, is asked one by one
         reasons = {e.id: _usable(part.subject, e, part.modality) for _, e in examples}
-        rows = [_row(part, e.id, "skipped", "", text=reasons[e.id]) for _, e in examples if reasons[e.id]]
+        skipped = [_row(part, e.id, "skipped", "", text=reasons[e.id]) for _, e in examples if reasons[e.id]]
         usable = [(i, e) for i, e in examples if not reasons[e.id]]
         if not usable:
-            return rows
+            return Watched(part, skipped, [], [], [], {}, words_limit, weights_limit)
         read = _encoded(part, usable)
-    return rows + _read(part, usable, *read, anchors, words_limit, weights_limit)
+    encoded, sides = read
+    wanted = [side if i < weights_limit else None for side, (i, _) in zip(sides, usable, strict=True)]
+    with InputSquares(part.subject, wanted) as squares:
+        readers = watch_alignment(part.subject, encoded, sides, anchors, words=any(i < words_limit for i, _ in usable))
+    return Watched(part, skipped, usable, sides, readers, squares.totals, words_limit, weights_limit)
 
 
-def _encoded(part: Part, examples: Sequence[tuple[int, Example]]) -> tuple[Encoded, list[Sides]]:
+def _encoded(part: Part, examples: Numbered) -> tuple[Encoded, list[Sides]]:
     """A batch, and which positions of each example are on which side."""
     encoded = part.subject.encode([e for _, e in examples], part.padding)
     return encoded, [sides_of(m, e, part.modality) for m, (_, e) in zip(encoded.maps, examples, strict=True)]
-
-
-def _read(
-    part: Part, examples: Sequence[tuple[int, Example]], encoded: Encoded, sides: Sequence[Sides], anchors: Anchors | None,
-    words_limit: int, weights_limit: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    wanted = [i < weights_limit for i, _ in examples]
-    with InputSquares(part.subject, [s if w else None for s, w in zip(sides, wanted, strict=True)]) as squares:
-        readings = read_alignment(part.subject, encoded, sides, anchors, words=any(i < words_limit for i, _ in examples))
-    rows = [
-        row for (i, _), reading in zip(examples, readings, strict=True)
-        for row in [*_reading_rows(part, reading, i < words_limit), *(_plane_rows(part, reading) if i < DRAWN else ())]
-    ]  # fmt: skip
-    rows += [
-        _row(part, "", "squares", f"{side}/{name}", vector=total, n=sum(wanted))
-        for (side, name), total in squares.totals.items()
-    ]
-    rows += [_centroid(part, side, readings, [len(getattr(s, side)) for s in sides]) for side in SIDES]
-    return rows + _sums(part, readings, [i for i, _ in examples])
 
 
 def _centroid(part: Part, side: str, readings: Sequence[Reading], counts: Sequence[int]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ replayed three-flow sweep; then, in turns with the replayed sweep again, the nai
 layer and flow. The weights are random and no data is read, but for the memory of a whole study, which the bundled model's demo shows.
 """
 
-import os
+import ctypes
 import subprocess
 import sys
 import tempfile
@@ -34,6 +34,15 @@ from studies.study import Summary, progress, study
 
 SCHEMA = pa.schema([("what", pa.string()), ("round", pa.int32()), ("seconds", pa.float64()), ("bytes", pa.float64())])
 SWEPT = ("image->question", "image->last", "question->last")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h counts them
+ALONE = """
+import sys
+from studies.cli import app
+from studies.speed import resident_peak
+failed = app(sys.argv[1:], standalone_mode=False)
+print(resident_peak())
+sys.exit(failed)
+"""  # the command in a process that says how much memory it took
 RATIOS = {  # key: what is timed, and over what
     "trace_over_forward": ("trace", "forward"), "eager_over_forward": ("eager", "forward"), "sweep_in_forwards": ("sweep", "forward"),
     "sweep_speedup": ("naive", "sweep again"),
@@ -125,6 +134,7 @@ def eager_forward(subject: Subject, encoded: Encoded, output: str) -> Any:
 
 def interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
     """Seconds of each round, the candidates taking turns, after one warm-up round."""
+    _keep_what_is_freed()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     with progress(", ".join(timed), rounds + 1, quiet, "rounds") as advance:
         for turn in range(rounds + 1):
@@ -137,6 +147,18 @@ def interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.
                     seconds[name].append(time.perf_counter() - start)
             advance(1)
     return seconds
+
+
+def _keep_what_is_freed() -> None:
+    """Tells glibc to keep memory for the next pass instead of handing it back.
+
+    Handed back, its pages are faulted in anew in the next pass, or not, as it happens to lie on the heap: a sixth of a pass on a CPU, which fell
+    on one candidate or the other.
+    """
+    keep = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if keep is not None:
+        keep(M_TRIM_THRESHOLD, 2**31 - 1)
+        keep(M_MMAP_THRESHOLD, 2**25)  # the most that it takes
 
 
 def _settle(device: torch.device) -> None:
@@ -160,14 +182,25 @@ def streamed(name: str, counts: Sequence[int], quiet: bool, *options: str) -> di
     with progress(f"memory of {name}", len(counts), quiet, "runs") as advance, tempfile.TemporaryDirectory() as folder:
         for count in counts:
             asked = ["study", name, "--limit", str(count), "--out", str(Path(folder) / str(count)), "--quiet", *options]
-            process = subprocess.Popen([sys.executable, "-m", "studies.cli", *asked], stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)  # wait4 says what it used, and Popen does not hear of it
-            if status:
-                raise StudyError(f"the {name} study failed with {count} examples (exit code {process.returncode})")
-            peaks[count] = usage.ru_maxrss / 1024
+            done = subprocess.run([sys.executable, "-c", ALONE, *asked], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise StudyError(f"the {name} study failed with {count} examples (exit code {done.returncode})")
+            peaks[count] = float(done.stdout.split()[-1])
             advance(1)
     return peaks
+
+
+def resident_peak() -> float:
+    """The most memory (MiB) that this process has had at once.
+
+    On Linux from its own status: what the system tells of a process after its end begins with the peak of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _summarise(

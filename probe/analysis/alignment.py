@@ -20,6 +20,7 @@ from probe.analysis.stats import Interval
 MODES = ("avg", "avg_trimmed", "max", "min", "mean", "median", "max_mean")  # of one pair of sets; `global` is over all examples
 DIAGONAL = ("diag_mean", "diag_median", "diag_max")
 NORMS = ("norm_of_mean", "norm_min", "norm_median", "norm_max")
+TOGETHER = 200  # tokens whose distributions are worked out at once, for the sake of memory and of a processor's cache
 DIVERGENCES = ("kl_zipped", "kl_of_means", "js_of_means", "entropy_p", "entropy_t")
 
 
@@ -94,13 +95,7 @@ def sizes(tokens: Tokens) -> Float[Tensor, " kind"]:
 
 def _median(values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """The median as NumPy has it: the mean of the middle two of an even number."""
-    n = len(values)
-    if n % 2:
-        return values.kthvalue(n // 2 + 1).values
-    lower = values.kthvalue(n // 2).values
-    tied = (values <= lower).sum() > n // 2
-    upper = torch.where(values > lower, values, float("inf")).amin()  # cheaper than choosing a second time
-    return (lower + torch.where(tied, lower, upper)) / 2
+    return (values.median() - (-values).median()) / 2  # torch's is the lower of the middle two
 
 
 def mean_over_pairs(
@@ -151,21 +146,27 @@ def _fisher(cosines: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
 
 @dataclass(frozen=True)
 class Spoken:
-    """The vocabulary distributions of a set of tokens: log-probabilities of each and of their mean, and their mean entropy in nats."""
+    """The vocabulary distributions of a set of tokens: log-probabilities of the first of them and of their mean, and their mean entropy in nats."""
 
-    each: Float[Tensor, "token vocabulary"]
+    each: Float[Tensor, "first vocabulary"]
     mean: Float[Tensor, " vocabulary"]
     entropy: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, log_probs: Float[Tensor, "token vocabulary"]) -> "Spoken":
-        """The distributions of some log-probabilities (token vocabulary)."""
-        log_probs = log_probs.float()
-        probs = log_probs.exp()
-        mean = probs.mean(0)
+    def of(cls, logits: Float[Tensor, "token vocabulary"], first: int) -> "Spoken":
+        """The distributions of some logits, or log-probabilities (token vocabulary); of so many tokens they are kept one by one."""
+        total, entropy = logits.new_zeros(logits.shape[-1], dtype=torch.float32), logits.new_zeros((), dtype=torch.float32)
+        for some in logits.split(TOGETHER):
+            log_probs = some.float().log_softmax(-1)
+            probs = log_probs.exp()
+            total += probs.sum(0)
+            # Whatever lies below the bound is nothing in float32, and minus infinity times nothing is no number.
+            entropy -= (probs * log_probs.clamp(min=-200)).sum()
         # The exponentials are there for the entropies; where their mean is nothing in float32, its logarithm needs another way.
-        log_mean = mean.log() if bool((mean > 1e-30).all()) else log_probs.logsumexp(0) - math.log(len(log_probs))
-        return cls(log_probs, log_mean, -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1).mean())
+        mean = total / len(logits)
+        usual = bool((mean > 1e-30).all())
+        log_mean = mean.log() if usual else logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+        return cls(logits[:first].float().log_softmax(-1), log_mean, entropy / len(logits))
 
 
 def divergences(p: Float[Tensor, "p vocabulary"], t: Float[Tensor, "t vocabulary"]) -> dict[str, float]:
@@ -175,7 +176,7 @@ def divergences(p: Float[Tensor, "p vocabulary"], t: Float[Tensor, "t vocabulary
     arXiv 2405.16700); `kl_of_means` and `js_of_means` (at most ln 2) compare the mean distributions, which does not depend
     on which token comes first. `entropy_p` and `entropy_t` are means over tokens.
     """
-    return dict(zip(DIVERGENCES, diverging(Spoken.of(p), Spoken.of(t)).tolist(), strict=True))
+    return dict(zip(DIVERGENCES, diverging(Spoken.of(p, len(t)), Spoken.of(t, len(p))).tolist(), strict=True))
 
 
 def diverging(p: Spoken, t: Spoken) -> Float[Tensor, " kind"]:
@@ -188,7 +189,8 @@ def diverging(p: Spoken, t: Spoken) -> Float[Tensor, " kind"]:
 
 def kl(p: Float[Tensor, "*any vocabulary"], q: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any"]:
     """KL(p || q) of log-probabilities, nats; where p is 0 there is nothing to add."""
-    return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1).clamp(min=0)
+    probs = p.exp()
+    return torch.where(probs > 0, probs * (p - q), 0.0).sum(-1).clamp(min=0)
 
 
 def layers_for_vocabulary(n_states: int, count: int = 10) -> list[int]:

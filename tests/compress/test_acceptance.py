@@ -109,9 +109,10 @@ def test_choices_inside_the_decoder_are_the_loops(kind, count):
     compared.extend(["fastv", "pdrop", "sparsevlm", "dart"])
 
 
-def test_attention_made_sharper_is_the_loop():
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_made_sharper_is_the_loop(kind):
     """Grouped heads, causal, one column hidden by a mask, a row that sees nothing; and the importance that flows along it."""
-    query, key = torch.randn(1, 4, 7, 3), torch.randn(1, 2, 7, 3)
+    query, key = drawn(kind, 1, 4, 7, 3, seed=8) / 4, drawn(kind, 1, 2, 7, 3, seed=9) / 4
     hidden = ~torch.ones(7, 7, dtype=torch.bool).tril()
     hidden[:, 2] = True
     hidden[2, 2] = False
@@ -124,10 +125,47 @@ def test_attention_made_sharper_is_the_loop():
         )
         np.testing.assert_allclose(found[head].numpy(), expected, atol=1e-5)
     rank = published.pagerank(found.double().numpy(), 5)
-    assert inside.aim(seen, 3).index.tolist() == oracle.top(rank[1:6].round(9), 3)  # words are never chosen, and never go
+    for count in (1, 2, 3, 5):
+        kept = inside.aim(seen, count).index.tolist()
+        assert kept == oracle.top(rank[1:6].round(9), count)  # words are never chosen, and never go
     blind = Call(torch.nn.Identity(), query, key, key, torch.zeros(1, 1, 7, 7, dtype=torch.bool), {}, lambda *a, **k: None)
     assert not torch.cat(list(Seen(torch.zeros(7, 3), torch.zeros(1, 3), None, 1, 4, call=blind).sharpened(0.1))).any()
     compared.append("aim")
+
+
+def unlike(kind):
+    """Tokens in general position, all equal, or each there twice but one."""
+    x = torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(11))
+    return {"random": x, "equal": x[:1].expand(N, -1).clone(), "doubled": torch.cat([x[:7], x[:6]])}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_choices_among_likenesses_are_the_loops(kind, count):
+    """Density peaks and rounds of merging and of pruning; where equal likenesses leave it to the last bit who goes, as many as asked for stay."""
+    x, weight = unlike(kind), attention(kind, N)
+    seen = Seen(x, x[:3] + 0.5, None, 0, 4, tower={"class_attention": weight[None], "tower_states": x})
+    made = diverse.dpc_knn(seen, count)
+    centres, states = published.dpc_knn(x.double().numpy(), count, 5 if count >= 5 else min(3, max(count // 2, 1)))
+    assert made.index.tolist() == centres
+    np.testing.assert_allclose(made.states.numpy(), states, atol=1e-5)
+    pruned, merged = tower.vispruner(seen, count), diverse.aim_merge(seen, count)
+    for kept in (pruned.index.tolist(), merged.index.tolist(), diverse.cdpruner(seen, count).index.tolist()):
+        assert len(set(kept)) == count
+        assert kept == sorted(kept)
+        assert kept[0] >= 0
+        assert kept[-1] < N
+    if kind == "random":
+        assert pruned.index.tolist() == published.vispruner(weight.numpy(), x.double().numpy(), count, 0.5)
+        expected = published.merge_rounds(x.double().numpy(), count)
+        assert merged.index.tolist() == list(expected)
+        np.testing.assert_allclose(merged.states.numpy(), list(expected.values()), atol=1e-5)
+    if kind == "equal":
+        np.testing.assert_allclose(merged.states.numpy(), x[:count].numpy(), atol=1e-6)
+    if kind == "doubled" and count <= 5:  # their span has six dimensions: a twin of what is chosen adds nothing
+        kept = diverse.cdpruner(seen, count).index.tolist()
+        assert len({i % 7 for i in kept}) == count
+    compared.extend(["dpc-knn", "vispruner", "aim-merge"])
 
 
 @pytest.mark.parametrize("count", [1, 4, 12])

@@ -42,6 +42,15 @@ def test_the_divergence_is_that_of_paper_and_pencil(kind):
     assert float(got) == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergences_of_half_precision_are_those_of_its_numbers(kind):
+    """The softmax is that of float32: in half precision a large vocabulary's would lose small probabilities."""
+    teacher, student = (drawn(3, 4000, seed=i).half() for i in (0, 1))
+    found = divergence(teacher, student, kind)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, divergence(teacher.double().float(), student.double().float(), kind), atol=0, rtol=0)
+
+
 def test_golden_numbers():
     """Two words: a half and a half against 3/4 and 1/4."""
     half, other = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()

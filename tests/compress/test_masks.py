@@ -15,6 +15,7 @@ from compress.passes.skips import Composite
 from compress.passes.tokens import Tokens
 from compress.recipe import compress
 from compress.tokens.pairs import MASKS
+from compress.tokens.spans import Reader
 from probe import Example, Knockout, Mass, load, sweep, trace
 from probe.errors import PassError
 from probe.generation import trace_generation
@@ -416,3 +417,28 @@ def test_detached_without_a_trace(toy):
     with masked(subject, Masks(method="croc")) as smaller:
         assert (last_logits(smaller, encoded) - plain).abs().max() > 1e-4
     assert torch.equal(last_logits(subject, encoded), plain)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_in_a_conversation_each_picture_is_asked_about_in_its_own_turn(toy, family):
+    """Two prompts with an answer between them in one line: a block's question ends at the first answer that opens after it."""
+    subject = toy(family)
+    maps = [subject.encode(example).maps[0] for example in toys.pair(subject)]
+    said = subject.tokenizer.encode("two red", add_special_tokens=False)
+    ids = torch.tensor([[*maps[0].tokens, *said, *maps[1].tokens, *said]])
+    start = len(maps[0]) + len(said)
+    opens = [int(maps[0].positions("header")[0]), start + int(maps[1].positions("header")[0])]
+    spans = Reader(subject).read(ids, torch.ones_like(ids, dtype=torch.bool), {})
+    places = [maps[0].positions("image"), start + maps[1].positions("image")]
+    for number, (at, until) in enumerate(zip(places, opens, strict=True)):
+        assert (spans.block[0, at] == number).all()
+        assert (spans.until[0, at] == until).all()
+    end = opens[1] + len(maps[1].positions("header"))
+    assert spans.prompt[0].tolist() == [i < end for i in range(ids.shape[1])]
+    opened = MASKS["aki"].pairs(spans).opened[0]
+    asked = [set(torch.nonzero(opened[at[-1]])[:, 0].tolist()) for at in places]
+    questions = [set(maps[0].positions("question").tolist()), {start + int(i) for i in maps[1].positions("question")}]
+    for number in (0, 1):
+        assert questions[number] <= asked[number]
+        assert not asked[number] & questions[1 - number]
+        assert max(asked[number]) < opens[number]

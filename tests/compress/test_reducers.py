@@ -284,8 +284,21 @@ def test_how_many_ran_and_how_many_were_refused():
     assert {name for family, name, _ in refused if family == "qwen2_vl"} == looking
 
 
+@pytest.mark.parametrize(("family", "message"), [
+    ("qwen2_vl", "the layers of the tower of this Qwen2-VL model are not known"),
+    ("llava_next", "patches for 2 media and 70 positions of this one: .* needs one patch for each position"),
+    ("gemma3", "has no class token: use a reducer that does not ask for one"),
+])  # fmt: skip
+def test_a_tower_whose_patches_are_not_the_positions_is_refused(toy, family, message):
+    """Merged, tiled or pooled patches, and towers without a class token."""
+    subject = toy(family)
+    encoded = subject.encode(toys.pair(subject))
+    with pytest.raises(PassError, match=message):
+        last_logits(compress(subject, [Tokens(method="fastervlm", budget=Budget(keep=4))]), encoded)
+
+
 @pytest.mark.parametrize("one", [
-    Pyramid(keep=(0.5, 0.25, 0.2)), Withdraw(layer=2), Pyramid(at=(0.25, 0.75), keep=(0.5, 0)),
+    Pyramid(keep=(0.5, 0.25, 0.2)), Withdraw(layer=2), Withdraw(layer=2, positions="reindex"), Pyramid(at=(0.25, 0.75), keep=(0.5, 0)),
     Pyramid(method="aim", at=(0.25, 0.5, 0.75), keep=(0.75, 0.5, 0.25)),
 ])  # fmt: skip
 def test_schedules_remove_what_their_twins_hide(toy, one):

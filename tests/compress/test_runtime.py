@@ -142,6 +142,22 @@ def test_a_static_cache_is_refused_and_the_model_goes_on(toy):
     assert torch.equal(last_logits(subject, encoded), plain)
 
 
+@pytest.mark.slow
+def test_a_compiled_forward_says_the_same(toy):
+    """Dropping breaks the graph: what is compiled around it changes neither the prompt's logits nor what is written."""
+    smaller = compress(toy("llava"), [Tokens(method="uniform", budget=Budget(keep=0.5))])
+    encoded = smaller.encode(toys.pair(smaller))
+    plain, said = last_logits(smaller, encoded), smaller.generate(encoded, 4)
+    smaller.model.forward = torch.compile(smaller.model.forward, backend="eager")
+    try:
+        torch.testing.assert_close(last_logits(smaller, encoded), plain)
+        assert smaller.generate(encoded, 4) == said
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    finally:
+        del smaller.model.forward
+        torch._dynamo.reset()
+
+
 def test_a_model_that_chooses_by_attention_is_not_traced_at_the_same_time(toy):
     subject = toy("llava")
     encoded = subject.encode(toys.pair(subject))

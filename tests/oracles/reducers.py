@@ -63,6 +63,16 @@ def merge_round(x, pairs):
     return dict(sorted(made.items()))
 
 
+def merge_rounds(x, count):
+    """AIM's rounds until `count` tokens are left: each token that is left under its first place."""
+    made = dict(enumerate(x))
+    while len(made) > count:
+        places, states = list(made), list(made.values())
+        left = merge_round(states, min(len(states) - count, len(states) // 2))
+        made = {places[i]: state for i, state in left.items()}
+    return made
+
+
 def dpc_knn(x, count, k):
     n = len(x)
     d = np.array([[np.linalg.norm(a - b) / np.sqrt(x.shape[1]) for b in x] for a in x])

@@ -120,6 +120,10 @@ def test_no_matrix_of_all_positions_is_held(monkeypatch):
     whole = (pure.rollout_step(start, call), pure.gradient_step(start, call, slope))
     with Largest() as seen:
         pure.gradient_step(start, call, slope)
+    assert heads * n * n // (2 * pure.PARTS) < seen.entries <= heads * n * n // pure.PARTS
+    monkeypatch.setattr(pure, "PARTS", 1)
+    with Largest() as seen:
+        pure.gradient_step(start, call, slope)
     assert seen.entries >= heads * n * n  # in one block everything is there at once
     monkeypatch.setattr(pure, "BLOCK", heads * n * 4)
     with Largest() as seen:

@@ -1,7 +1,9 @@
 """Recorded tensors on disk: what comes back is what was recorded, read in part, after a cut, and never from a damaged shard."""
 
 import dataclasses
+import errno
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,19 @@ def test_shards_are_cut_by_size_and_a_store_that_was_cut_off_goes_on(toy, exampl
         assert torch.equal(store.read(example.id, "states").tensor, trace(subject, example, record)["states"].tensor[:, 0])
     with pytest.raises(StoreError, match=r"holds another recording \(it differs in a\)"):
         StoreWriter(tmp_path / "s", {"a": 2})
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_shard(toy, examples, tmp_path, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("probe.store.save_file", full)
+    writer = StoreWriter(tmp_path / "s", {"a": 1})
+    writer.add(trace(toy("llava"), examples[0], [Residual("resid_post")]))
+    with pytest.raises(StoreError, match=r"shard-00000\.safetensors cannot be written: .*No space left on device"):
+        writer.close()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["store.json"]
 
 
 def test_half_precision_halves_the_floats(toy, examples, tmp_path):

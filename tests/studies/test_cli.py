@@ -119,6 +119,38 @@ def test_there_were_nine_failures():
     assert len(FAILING) == 9
 
 
+PICTURES = {
+    "empty": (b"", "p.png is empty: a picture was expected"),
+    "no picture": (b"these are words", "p.png is not a picture that Pillow can read"),
+    "cut off": (None, "p.png is damaged or truncated: image file is truncated"),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_a_broken_picture_is_one_sentence(stranger, tmp_path, case):
+    content, message = PICTURES[case]
+    path = tmp_path / "p.png"
+    toys.picture(60, 60).save(path)
+    path.write_bytes(path.read_bytes()[:-400] if content is None else content)
+    asked = [
+        "trace",
+        str(stranger),
+        "--image",
+        str(path),
+        "--prompt",
+        "what ?",
+        "--out",
+        str(tmp_path / "r"),
+        "--device",
+        "cpu",
+    ]
+    result = run(app, asked)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [

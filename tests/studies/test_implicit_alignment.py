@@ -19,7 +19,7 @@ from probe.plots import family
 from studies.cli import app
 from studies.data import Data, load_data
 from studies.demo.family import load_member, members
-from studies.implicit_alignment import ANCHORS, _chosen, _digest, implicit_alignment
+from studies.implicit_alignment import ANCHORS, _work, implicit_alignment
 from studies.implicit_alignment_report import _global, _growth, _members
 from studies.implicit_alignment_words import _aligned, _predicts
 from studies.modalities import Part
@@ -163,20 +163,88 @@ def test_asking_again_gives_the_same_bytes(run):
     assert len(parts) == 2 * 2 + 4
 
 
-@pytest.mark.slow
-def test_batches_change_nothing(tmp_path):
-    subject, data = load("demo:frozen"), load_data("demo", 9)
+def few(subject):
+    """Six examples of three lengths, all of them anchors."""
+    return Data("toys", tuple(
+        Example(f"{i}{e.id}", f"{e.prompt} {'dog ' * i}".strip(), e.images, suffix=e.suffix) for i in range(3) for e in toys.pair(subject)
+    ), "t")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", pytest.param("demo:frozen", marks=pytest.mark.slow)])
+def test_batches_and_padding_change_nothing(toy, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("studies.implicit_alignment_report.figures", lambda *_: None)
+    subject = load(name) if name.startswith("demo") else toy(name)
+    data = load_data("demo", 9) if name.startswith("demo") else few(subject)
     found = [
-        implicit_alignment(Setting(subject, data, tmp_path / str(size), batch=size), modalities="image", family="none")
-        for size in (1, 8)
+        implicit_alignment(
+            Setting(subject, data, tmp_path / f"{size}{side}", batch=size, padding=side), modalities="image", family="none"
+        )
+        for size, side in ((1, "left"), (8, "left"), (4, "right"))
     ]
-    for key in ("matched", "unmatched"):
-        np.testing.assert_allclose(found[0][key], found[1][key], atol=1e-5)
-    assert found[0]["iou"] == pytest.approx(found[1]["iou"], abs=1e-3)
-    np.testing.assert_allclose(
-        found[0]["modalities"]["image"]["within"]["textual"], found[1]["modalities"]["image"]["within"]["textual"], atol=1e-5
-    )
-    assert found[0]["correlation"] is None
+    for other in found[1:]:
+        assert other["iou"] == pytest.approx(found[0]["iou"], abs=1e-3)
+        ours, theirs = (one["modalities"]["image"] for one in (found[0], other))
+        for mode, one in ours["similar"].items():
+            for pairing in set(one) & {"matched", "unmatched"}:
+                np.testing.assert_allclose(one[pairing]["mean"], theirs["similar"][mode][pairing]["mean"], atol=1e-5)
+        for side in ("textual", "perceptual"):
+            np.testing.assert_allclose(ours["within"][side], theirs["within"][side], atol=1e-5)
+        assert other["correlation"] is None
+    assert len(found[0]["modalities"]["image"]["similar"]["avg"]["unmatched"]["mean"]) == subject.n_layers + 1
+
+
+def test_all_pairs_are_the_double_loop(toy, tmp_path, monkeypatch):
+    """The published reading in the summary, from sums of units: every example's picture with every example's words, one by one."""
+    monkeypatch.setattr("studies.implicit_alignment_report.figures", lambda *_: None)
+    subject = toy("llava")
+    data = few(subject)
+    found = implicit_alignment(Setting(subject, data, tmp_path / "r", batch=4), modalities="image", family="none")
+    means = []
+    for example in data.examples:
+        encoded = subject.encode(example)
+        with torch.no_grad():
+            states = subject.model(**encoded.inputs, output_hidden_states=True).hidden_states
+        sides = sides_of(encoded.maps[0], example, "image")
+        means.append([
+            [state[0, at].double().mean(0).numpy() for at in (sides.perceptual, sides.textual)] for state in states[:-1]
+        ])  # fmt: skip
+    pairs = found["modalities"]["image"]["pairs"]
+    for k in range(len(means[0])):
+        cosines = np.array([
+            [a[k][0] @ b[k][1] / np.linalg.norm(a[k][0]) / np.linalg.norm(b[k][1]) for b in means] for a in means
+        ])  # fmt: skip
+        assert pairs["all"][k] == pytest.approx(cosines.mean(), abs=1e-6)
+        assert pairs["unmatched"][k] == pytest.approx(cosines[~np.eye(len(cosines), dtype=bool)].mean(), abs=1e-6)
+
+
+def test_any_unit_that_is_lost_is_read_again_to_the_same_bytes(toy, tmp_path, monkeypatch):
+    """Anchors are taken from the units that they come in: those are read again where another one is missing, and whichever it is."""
+    monkeypatch.setattr("studies.implicit_alignment_report.figures", lambda *_: None)
+    monkeypatch.setattr("studies.implicit_alignment.ANCHORS", 4)
+    subject = toy("llava")
+    setting = Setting(subject, few(subject), tmp_path / "r", batch=2)
+    whole = implicit_alignment(setting, modalities="image", family="none", words_limit=3)
+    parts = {path: path.read_bytes() for path in (tmp_path / "r" / "records").glob("*.parquet")}
+    assert len(parts) == 3
+    for lost in parts:
+        lost.unlink()
+        assert implicit_alignment(setting, modalities="image", family="none", words_limit=3) == whole
+        assert {path: path.read_bytes() for path in parts} == parts
+
+
+def test_four_modalities_are_answered_one_by_one(tmp_path, monkeypatch):
+    """Picture, clip, sound and text on the one frozen language model, in one run."""
+    names = ("image", "video", "audio", "text")
+    setting = Setting(load("demo:frozen"), load_data("demo", 3), tmp_path / "r")
+    found = implicit_alignment(setting, modalities=",".join(names), family="none", words_limit=1, weights_limit=2)
+    assert found["n"] == 12
+    assert tuple(found["modalities"]) == tuple(found["score"]) == names
+    assert [one["n"] for one in found["modalities"].values()] == [3] * 4
+    assert len({one["same"]["value"] for one in found["score"].values()}) == 4
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert [line[:5] for line in report.splitlines() if line.startswith("| ") and line[2:4] in ("1.", "2.", "3.", "4.")] == [
+        f"| {i}. " for i in range(1, 5)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -268,11 +336,14 @@ def test_a_run_that_grows_is_a_run_that_was_asked_for_at_once(tmp_path, monkeypa
 def test_units_name_what_they_were_read_beside():
     """Enough anchors are the same anchors, whatever the limit; a unit read beside fewer of them is another unit."""
     subject = load("demo:frozen")
-    chosen = {n: _chosen(Part("image", subject, load_data("demo", n))) for n in (4, 20, 30)}
-    assert [e.id for e in chosen[20]] == [e.id for e in chosen[30]]
-    assert len(chosen[20]) == ANCHORS > len(chosen[4]) == 4
-    digests = {n: _digest(e.id for e in found) for n, found in chosen.items()}
-    assert digests[4] != digests[20] == digests[30]
+    work = {(n, batch): _work(Part("image", subject, load_data("demo", n)), batch) for n in (4, 20, 30) for batch in (5, 8)}
+    assert [e.id for e in work[20, 8].anchors] == [e.id for e in work[30, 5].anchors]
+    assert len(work[20, 8].anchors) == ANCHORS > len(work[4, 8].anchors) == 4
+    assert [work[20, batch].leading for batch in (5, 8)] == [4, 2]
+    keys = {asked: [key for key, _ in one.units] for asked, one in work.items()}
+    assert keys[20, 8][:2] == keys[30, 8][:2]
+    assert keys[20, 5] == keys[30, 5][:4]
+    assert {key.split("-")[-1] for key in keys[4, 8]} != {key.split("-")[-1] for key in keys[20, 8]}
 
 
 def test_overlap_is_held_against_the_weights_alone(run):

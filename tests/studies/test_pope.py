@@ -55,6 +55,21 @@ def test_the_summary(done, subject):
     assert " nan" not in report
 
 
+@pytest.mark.slow
+def test_the_demo_models_are_polled_beside_their_scores(tmp_path):
+    """Accuracy, F1, yes-ratio and unknown rate of both, and the IMA score of each in both readings."""
+    found = pope(Setting(load("demo"), load_data("demo", 160), tmp_path / "r", batch=8), models="demo:frozen")
+    assert set(found["models"]) == {"demo", "demo:frozen"}
+    for one in found["models"].values():
+        official = one["official"]
+        assert official["accuracy"]["value"] > 0.88
+        assert official["f1"]["value"] > 0.88
+        assert 0.4 < official["yes_ratio"]["value"] < 0.6
+        assert official["unknown_rate"]["value"] == 0
+        assert {0 < one["score"][reading]["value"] < 1 for reading in ("input", "same")} == {True}
+    assert found["models"]["demo"]["score"]["same"]["value"] != found["models"]["demo:frozen"]["score"]["same"]["value"]
+
+
 def test_p_yes_is_that_of_the_first_tokens(done, subject):
     """In the demo's vocabulary each spelling of yes and no is one token, but for those that are several."""
     import pyarrow.parquet as pq

@@ -1,8 +1,11 @@
 """The study of what tracing costs, at toy size, and what the studies of cost share: what they say, not how fast anything is."""
 
+import subprocess
+import sys
 from io import BytesIO
 
 import pytest
+import torch
 
 from compress.latency import ratio
 from probe.errors import StudyError
@@ -79,6 +82,17 @@ def test_labels_of_the_figure_lie_apart():
 def test_a_study_that_fails_in_its_own_process_is_named():
     with pytest.raises(StudyError, match="the information-flow study failed with 0 examples"):
         streamed("information-flow", (0,), True)
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """However much the process that starts it has had, and what it has let go of counts."""
+    held = torch.ones(2**28)  # a GiB
+    code = "from studies.speed import resident_peak; before = resident_peak(); x = b'1' * 2**28; del x; print(before, resident_peak())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert len(held)
+    assert before < 700
+    assert after - before == pytest.approx(256, abs=32)
 
 
 @pytest.mark.slow
