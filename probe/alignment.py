@@ -1,7 +1,7 @@
 """Reads how alike perceptual and textual tokens are off one forward pass, every layer and site of it, keeping nothing but numbers."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -86,8 +86,7 @@ class Anchors:
             for site, states in reader.means[1].items():
                 for layer, state in states.items():
                     means.setdefault(site, {}).setdefault(layer, []).append(state)
-        stacked = {site: {i: torch.stack(few) for i, few in layers.items()} for site, layers in means.items()}
-        return Anchors([reader.example.id for reader in readers], _units(stacked), self.tokens)
+        return Anchors([reader.example.id for reader in readers], _units(_together(means)), self.tokens)
 
 
 @dataclass
@@ -131,8 +130,7 @@ def gather_anchors(
         with watching(subject, take, _read(sites)):
             last_logits(subject, encoded)
         anchors.ids.append(example.id)
-    stacked = {site: {i: torch.stack(few) for i, few in layers.items()} for site, layers in means.items()}
-    anchors.means = _units(_between(subject, stacked, sites))
+    anchors.means = _units(_between(subject, _together(means), sites))
     return anchors
 
 
@@ -142,7 +140,7 @@ def read_alignment(
 ) -> list[Reading]:  # fmt: skip
     """One forward pass over a batch, and a Reading of each of its examples.
 
-    With `words`, the vocabulary distributions of a tenth of the layers are compared as well: an unembedding of every token there.
+    With `words`, the vocabulary distributions at ten states are compared as well: an unembedding of every token there.
     The site `out`, and `in` of layer 0, are always read.
     """
     return [reader.reading() for reader in watch_alignment(subject, encoded, sides, anchors, words, sites)]
@@ -185,6 +183,11 @@ def _between(subject: Subject, means: Means, sites: Sequence[str]) -> Means:
     absent = missing(subject)
     mid = {layer: means["in"][layer] + added for layer, added in means["attn"].items() if ("mid", layer) not in absent}
     return {**means, **({"mid": mid} if mid else {})}
+
+
+def _together(means: Mapping[str, Mapping[int, Sequence[Tensor]]]) -> Means:
+    """Means of several examples (example width) by site and layer."""
+    return {site: {layer: torch.stack(list(few)) for layer, few in layers.items()} for site, layers in means.items()}
 
 
 def _units(means: Means) -> dict[str, list[Stack]]:

@@ -160,9 +160,10 @@ def _read_part(
         ids = {e.id for e in work.anchors}
         anchors = anchors.joined([r for one in watched.values() for r in one.readers if r.example.id in ids])
     for key, some in work.units:
+        known = watched.pop(key, None)
         if key in todo:
-            run.write(key, (watched.get(key) or watch(some, anchors)).rows(anchors))
-        advance(0 if key in watched else len(some))
+            run.write(key, (known or watch(some, anchors)).rows(anchors))
+        advance(0 if known else len(some))
 
 
 def _digest(names: Iterable[str]) -> str:
