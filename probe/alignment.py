@@ -27,7 +27,7 @@ from probe.analysis.alignment import (
 )
 from probe.errors import ExampleError
 from probe.example import Example
-from probe.sites import SITES, missing, watching
+from probe.sites import SITES, watching
 from probe.subject import Encoded, Subject
 from probe.tokens import TokenMap
 from probe.tracing import last_logits, read_out
@@ -180,8 +180,8 @@ def _between(subject: Subject, means: Means, sites: Sequence[str]) -> Means:
     """Mean states by site and layer, with those of `mid`: the mean of what enters and is added is the sum of their means."""
     if "mid" not in sites or "attn" not in means:
         return means
-    absent = missing(subject)
-    mid = {layer: means["in"][layer] + added for layer, added in means["attn"].items() if ("mid", layer) not in absent}
+    gated = subject.anatomy.cross
+    mid = {layer: means["in"][layer].to(added.device) + added for layer, added in means["attn"].items() if not gated[layer]}
     return {**means, **({"mid": mid} if mid else {})}
 
 

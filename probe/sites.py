@@ -88,7 +88,9 @@ def _enter(entered: dict[int, Tensor], layer: int, state: Tensor) -> None:
 
 
 def _between(entered: dict[int, Tensor], layer: int, take: Take, added: Tensor) -> None:
-    take("mid", layer, entered.pop(layer) + added.detach())
+    take(
+        "mid", layer, entered.pop(layer).to(added.device) + added.detach()
+    )  # a layer on a device of its own moves its input itself
 
 
 def _before(site: str, layer: int, take: Take, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ with accuracy and hallucination over a family of models. One forward pass for ea
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from itertools import islice
 from typing import Any
@@ -93,7 +92,7 @@ def _carry_out(
         for part in parts:
             work = _work(part, setting.batch)
             keys += [key for key, _ in work.units]
-            _read_part(run, part, work, partial(watch, part, words_limit=words_limit, weights_limit=weights_limit), advance)
+            _read_part(run, part, work, (words_limit, weights_limit), advance)
         asked = _existence(setting, family_limit) if names else []
         shown = _digest(example.id for example in (*setting.data.examples[:family_limit], *asked))
         for name in names:
@@ -137,32 +136,32 @@ class Work:
 
 
 def _work(part: Part, batch: int) -> Work:
-    """The units' keys name the leading examples: a unit that was read beside fewer anchors, or anchors that came in other batches, is another unit."""
+    """The units' keys name the anchors and the leading examples: a unit that was read beside others, or beside anchors that came in other batches, is
+    another unit.
+    """
     chosen = _chosen(part)
     cut = [(key, [(i, part.data.examples[i]) for i in items]) for key, items in units(len(part.data), batch)]
     last = chosen[-1].id if len(chosen) > 1 else None
     leading = next((i + 1 for i, (_, some) in enumerate(cut) if any(e.id == last for _, e in some)), 0)
-    beside = _digest(e.id for _, some in cut[:leading] for _, e in some)
+    beside = _digest([*(e.id for e in chosen), "", *(e.id for _, some in cut[:leading] for _, e in some)])
     return Work([(f"{part.modality}-{key}-{beside}", some) for key, some in cut], leading, chosen if leading else [])
 
 
-def _read_part(
-    run: Run, part: Part, work: Work, watch: "Callable[[Numbered, Anchors | None], Watched]", advance: Callable[[int], None]
-) -> None:
-    """Every unit that the run does not hold yet. The anchors' own units are read first, and again where others are missing."""
+def _read_part(run: Run, part: Part, work: Work, limits: tuple[int, int], advance: Callable[[int], None]) -> None:
+    """Every unit that the run does not hold yet. The anchors' own units are read first, and again, for anchors alone, where others are missing."""
     todo = set(run.pending(key for key, _ in work.units))
     anchors, watched = None, {}
     if todo and work.anchors:
-        anchors = gather_anchors(part.subject, work.anchors[:WHOLE], part.modality)
+        anchors = gather_anchors(part.subject, work.anchors[:WHOLE], part.modality, WHOLE)
         for key, some in work.units[: work.leading]:
-            watched[key] = watch(some, anchors)
+            watched[key] = watch(part, some, anchors, *(limits if key in todo else (0, 0)))
             advance(len(some))
         ids = {e.id for e in work.anchors}
         anchors = anchors.joined([r for one in watched.values() for r in one.readers if r.example.id in ids])
     for key, some in work.units:
         known = watched.pop(key, None)
         if key in todo:
-            run.write(key, (known or watch(some, anchors)).rows(anchors))
+            run.write(key, (known or watch(part, some, anchors, *limits)).rows(anchors))
         advance(0 if known else len(some))
 
 

@@ -97,7 +97,7 @@ def _carry_out(setting: Setting, plan: Plan, run: Run, tolerance: float) -> Summ
             if key in todo:
                 run.write(key, unit(setting.subject, [setting.data.examples[i] for i in items], plan))
             advance(len(items))
-    rows = run.rows(key for key, _ in work)
+    rows = run.sorts(key for key, _ in work)
     summary = finite(summarise(rows, plan, setting.subject.n_layers, tolerance))
     summary["run"] = str(run.folder)
     figures(run, summary)

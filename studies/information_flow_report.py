@@ -14,13 +14,13 @@ from probe.analysis.stats import Correlation, benjamini_hochberg, bootstrap_mean
 from probe.edits import window
 from probe.errors import DataError
 from probe.plots import flow as plots
-from studies.run import Run
+from studies.run import Run, Sorts
 from studies.study import Setting, Summary
 
 Table = pd.DataFrame
 
 
-def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Summary:
+def summarise(rows: Sorts, plan: Any, n_layers: int, tolerance: float) -> Summary:
     """Everything that the report says, as numbers. Raises DataError when no example could be used."""
     skipped, answers = _picked(rows, "skipped"), _picked(rows, "answer")
     if not len(answers):
@@ -65,25 +65,25 @@ def summarise(rows: pa.Table, plan: Any, n_layers: int, tolerance: float) -> Sum
     }  # fmt: skip
 
 
-def _filtered(rows: pa.Table, what: str, where: dict[str, str], columns: Sequence[str] | None = None) -> pa.Table:
-    wanted = {"what": what, **where}
-    kept = reduce(pc.and_, (pc.equal(rows[column], value) for column, value in wanted.items()))
-    return (rows if columns is None else rows.select(columns)).filter(kept)
+def _filtered(rows: Sorts, what: str, where: dict[str, str], columns: Sequence[str] | None = None) -> pa.Table:
+    table = rows.of(what)
+    kept = reduce(pc.and_, (pc.equal(table[column], value) for column, value in {"what": what, **where}.items()))
+    return (table if columns is None else table.select(columns)).filter(kept)
 
 
-def _picked(rows: pa.Table, what: str, **where: str) -> Table:
-    """The rows of one sort alone: all of them as one frame would be the largest thing that the study holds."""
+def _picked(rows: Sorts, what: str, **where: str) -> Table:
+    """The rows of one sort as a frame."""
     table = _filtered(rows, what, where).to_pandas()
     words = table.select_dtypes("category").columns
     return table.astype(dict.fromkeys(words, object))  # a category would bring every example into each pivot
 
 
-def _names(rows: pa.Table, what: str, column: str) -> list[str]:
+def _names(rows: Sorts, what: str, column: str) -> list[str]:
     """The values that a column has in the rows of one sort, sorted."""
     return sorted(name for name in pc.unique(_filtered(rows, what, {}, [column])[column]).to_pylist() if name is not None)
 
 
-def _share(rows: pa.Table, what: str) -> float:
+def _share(rows: Sorts, what: str) -> float:
     return float(_picked(rows, what).correct.mean())
 
 
@@ -103,7 +103,7 @@ def _curve(values: Table | np.ndarray, layers: list[int]) -> dict[str, Any]:
     }
 
 
-def _flow(rows: pa.Table, what: str, name: str, plan: Any, n_layers: int) -> dict[str, Any]:
+def _flow(rows: Sorts, what: str, name: str, plan: Any, n_layers: int) -> dict[str, Any]:
     """One flow: its curve, the other metrics, soft flow, and how well soft predicts causal, layer by layer."""
     own = _picked(rows, what, flow=name)
     layers = list(range(n_layers))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from probe.errors import RunError
@@ -27,6 +28,22 @@ from probe.errors import RunError
 SCHEMA = 1
 _PACKAGES = ("sightline", "torch", "transformers", "numpy", "scipy", "pyarrow", "pillow")
 _FREE = ("limit",)  # fields of a configuration that may differ when a run is continued: more examples are more units
+
+
+@dataclass(frozen=True)
+class Sorts:
+    """The rows of a run by what they are, each sort with the columns that it fills."""
+
+    schema: pa.Schema
+    tables: dict[str, pa.Table]
+
+    def of(self, what: str) -> pa.Table:
+        """The rows of one sort, with every column."""
+        table = self.tables.get(what, self.schema.empty_table())
+        for column in self.schema:
+            if column.name not in table.column_names:
+                table = table.append_column(column.name, pa.nulls(len(table), column.type))
+        return table
 
 
 @dataclass
@@ -132,13 +149,29 @@ class Run:
         Parts of other units (another limit's) are moved to `set-aside`, so that `records` holds what the summary is of and nothing that was
         measured is lost: asked for again, they are back.
         """
+        return pa.concat_tables(list(self._parts(keys))).unify_dictionaries()
+
+    def sorts(self, keys: Iterable[str]) -> "Sorts":
+        """As `rows`, by what they are (the column `what`): where most columns of a row are empty, one table of all would be the largest thing that a
+        study holds.
+        """
+        found: dict[str, list[pa.Table]] = {}
+        for part in self._parts(keys):
+            for what in pc.unique(part["what"]).to_pylist():
+                own = part.filter(pc.equal(part["what"], what))
+                filled = [name for name in own.column_names if own[name].null_count < len(own)]
+                found.setdefault(what, []).append(own.select(filled))
+        whole = {what: pa.concat_tables(tables, promote_options="default") for what, tables in found.items()}
+        return Sorts(self.schema, {what: table.unify_dictionaries() for what, table in whole.items()})
+
+    def _parts(self, keys: Iterable[str]) -> Iterator[pa.Table]:
         keys = list(keys)
         for other in set((self.folder / "records").glob("part-*.parquet")) - {self.part(key) for key in keys}:
             self._aside(other).parent.mkdir(exist_ok=True)
             other.replace(self._aside(other))
         words = [field.name for field in self.schema if pa.types.is_string(field.type)]
-        parts = [pq.read_table(self.part(key), schema=self.schema, read_dictionary=words) for key in keys]
-        return pa.concat_tables(parts).unify_dictionaries()
+        for key in keys:
+            yield pq.read_table(self.part(key), schema=self.schema, read_dictionary=words)
 
     def rows_of(self, key: str) -> pa.Table:
         """The rows of one unit; no other is touched."""

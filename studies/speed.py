@@ -196,8 +196,9 @@ def resident_peak() -> float:
     On Linux from its own status: what the system tells of a process after its end begins with the peak of the one that started it.
     """
     status = Path("/proc/self/status")
-    if status.is_file():
-        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))) / 1024
+    told = status.read_text().splitlines() if status.is_file() else []
+    if peaks := [int(line.split()[1]) for line in told if line.startswith("VmHWM:")]:
+        return peaks[0] / 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -16,14 +16,14 @@ from probe.attention import Call, attend_rows
 
 RANDOM = "random"  # the order that the others are held against
 BLOCK = 2**24  # attention weights that are held at once: 64 MiB in float32,
-PARTS = 8  # and never more than this part of a layer's
+PARTS, FEWEST = 8, 64  # and never more than this part of a layer's, but for so few rows
 FUSIONS = ("mean", "min", "max")
 
 
 def blocks(call: Call, relevance: Float[Tensor, "batch position"]) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of query rows that carry relevance: the rows, and their attention (batch head row key), in float32."""
     batch, heads, length, _ = call.query.shape
-    size = max(1, min(BLOCK // (batch * heads * call.key.shape[2]), length // PARTS))
+    size = max(1, min(BLOCK // (batch * heads * call.key.shape[2]), max(FEWEST, length // PARTS)))
     for rows in torch.arange(length, device=relevance.device).split(size):
         if bool((relevance[:, rows] != 0).any()):  # above the topmost layers most rows; in the topmost all but one
             picked = rows.expand(batch, -1)

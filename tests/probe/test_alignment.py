@@ -193,6 +193,29 @@ def test_sites_that_a_model_lacks_are_named(toy):
         pass
 
 
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen3_vl", "gemma3"]
+)  # plain, with DeepStack between layers, with norms after attention
+def test_the_middle_of_a_block_is_what_is_watched_there(toy, family):
+    """What enters and what attention adds are read, and their sum is not: its mean follows."""
+    subject, examples, seen = toy(family), toys.pair(toy(family)), {}
+    encoded = subject.encode(examples)
+    sides = [sides_of(m, e, "image") for m, e in zip(encoded.maps, examples, strict=True)]
+    anchors = gather_anchors(subject, examples, "image")
+    found = read_alignment(subject, encoded, sides, anchors)
+    with watching(subject, lambda site, layer, state: seen.__setitem__(layer, state.clone()), ["mid"]):
+        last_logits(subject, encoded)
+    means = [
+        [[seen[layer][i, torch.from_numpy(at)].double().numpy().mean(0) for at in (side.perceptual, side.textual)] for i, side in enumerate(sides)]
+        for layer in range(subject.n_layers)
+    ]  # fmt: skip
+    for i, reading in enumerate(found):
+        for layer in range(subject.n_layers):
+            (p, t), (_, other) = means[layer][i], means[layer][1 - i]
+            assert reading.sites["matched"]["mid"][layer] == pytest.approx(oracle.cos(p, t), abs=2e-5)
+            assert reading.sites["unmatched"]["mid"][layer] == pytest.approx(oracle.cos(p, other), abs=2e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llava_onevision"])
 def test_a_reading_is_what_the_hidden_states_say(toy, family, side):

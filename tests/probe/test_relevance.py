@@ -115,6 +115,7 @@ def test_two_positions_by_hand():
 
 def test_no_matrix_of_all_positions_is_held(monkeypatch):
     n, heads = 96, 4
+    monkeypatch.setattr(pure, "FEWEST", 1)
     call, slope = _call(n, heads, 2), torch.randn(1, n, heads, 4, generator=torch.Generator().manual_seed(4))
     start = torch.rand(1, n, generator=torch.Generator().manual_seed(5))
     whole = (pure.rollout_step(start, call), pure.gradient_step(start, call, slope))

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 from probe import Example, load
-from probe.alignment import sides_of
+from probe.alignment import gather_anchors, read_alignment, sides_of
 from probe.analysis.overlap import iou, magnitude_kept, wanda_kept
 from probe.analysis.stats import wilson
 from probe.calibration import linear_maps
@@ -191,6 +191,34 @@ def test_batches_and_padding_change_nothing(toy, tmp_path, monkeypatch, name):
             np.testing.assert_allclose(ours["within"][side], theirs["within"][side], atol=1e-5)
         assert other["correlation"] is None
     assert len(found[0]["modalities"]["image"]["similar"]["avg"]["unmatched"]["mean"]) == subject.n_layers + 1
+
+
+def test_anchors_as_they_are_read_are_those_that_are_gathered(toy, tmp_path, monkeypatch):
+    """Every row of the unmatched side, and every site, beside anchors that were read one by one; one of the leading examples cannot be read."""
+    monkeypatch.setattr("studies.implicit_alignment_report.figures", lambda *_: None)
+    monkeypatch.setattr("studies.implicit_alignment.ANCHORS", 4)
+    subject = toy("llava")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    usable = list(few(subject).examples)
+    broken = Example("broken", "what is it ?", (str(tmp_path / "broken.png"),))
+    data = Data("toys", (usable[0], broken, *usable[1:]), "t")
+    implicit_alignment(Setting(subject, data, tmp_path / "r", batch=2), modalities="image", family="none", words_limit=1)
+    rows = pa.concat_tables(map(pq.read_table, sorted((tmp_path / "r/records").glob("*.parquet")))).to_pylist()
+    assert [row["example"] for row in rows if row["what"] == "skipped"] == ["broken"]
+    anchors = gather_anchors(subject, usable[:4], "image")
+    checked = set()
+    for example in usable:
+        encoded = subject.encode(example)
+        (alone,) = read_alignment(subject, encoded, [sides_of(encoded.maps[0], example, "image")], anchors)
+        for row in rows:
+            if row["example"] == example.id and row["what"] in ("similar", "site", "from_input"):
+                pairing, _, name = row["key"].partition("/")
+                found = getattr(alone, {"site": "sites"}.get(row["what"], row["what"]))[pairing]
+                want = found[name] if name else found
+                want = [want[layer] for layer in range(subject.n_layers)] if isinstance(want, dict) else want
+                np.testing.assert_allclose(row["values"], want, atol=1e-5, err_msg=row["key"])
+                checked.add((row["what"], row["key"]))
+    assert len(checked) == 2 * (7 + 8 + 1)  # matched and unmatched: seven modes, eight sites, and from the input
 
 
 def test_all_pairs_are_the_double_loop(toy, tmp_path, monkeypatch):

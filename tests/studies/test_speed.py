@@ -85,14 +85,16 @@ def test_a_study_that_fails_in_its_own_process_is_named():
 
 
 def test_the_peak_of_a_process_is_its_own():
-    """However much the process that starts it has had, and what it has let go of counts."""
-    held = torch.ones(2**28)  # a GiB
-    code = "from studies.speed import resident_peak; before = resident_peak(); x = b'1' * 2**28; del x; print(before, resident_peak())"
+    """However much the process that starts it has had; and what it has let go of counts."""
+    code = (
+        "from studies.speed import resident_peak; import psutil; before = psutil.Process().memory_info().rss / 2**20; "
+        "x = b'1' * 2**28; del x; print(before, resident_peak())"
+    )
+    held = torch.ones(2**27)  # half a GiB, which is more than the other process has and is no part of its peak
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     before, after = map(float, done.stdout.split())
-    assert len(held)
-    assert before < 700
-    assert after - before == pytest.approx(256, abs=32)
+    assert held.nbytes == 2**29
+    assert 256 - 16 < after - before < 256 + 128  # importing may have taken, and given back, half as much again
 
 
 @pytest.mark.slow
