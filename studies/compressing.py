@@ -9,6 +9,7 @@ choose, as a share of that dense time, and the bytes of real caches, against the
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from probe.errors import PassError
 from probe.subject import Encoded, Subject
 from studies.ratios import FIGURE, Goal, Measured, Panels, bounds, figure, head
 from studies.run import Run
-from studies.speed import interleaved
+from studies.speed import interleaved, keep_what_is_freed
 from studies.study import Summary, progress, study
 
 SCHEMA = pa.schema([
@@ -136,20 +137,42 @@ def _promised(
     records: dict[str, list[Timed]] = {}
     found: dict[str, Any] = {}
     every = passes(n_layers, keep)
+    keep_what_is_freed()
     with progress("reading the prompt", len(every) * (rounds + 2), quiet, "rounds") as advance:
         for name, one in every.items():
             with smaller(subject, one) as made:
-                times = take_turns({"dense": (subject, [encoded]), name: (made, [encoded])}, rounds, 1, advance=advance)
-                records |= {f"dense beside {name}": times["dense"], name: times[name]}
+                running = [int(layer.queries) for layer in cost(made, encoded).ran]
+                few = min(running) if len(running) == n_layers else len(encoded.maps[0])
+                compared = {
+                    "dense": (subject, [encoded]),
+                    name: (made, [encoded]),
+                    "plain": (subject, [worded(subject, encoded, few)]),
+                }
+                times = take_turns(compared, rounds, 1, advance=advance)
+                records |= {f"dense beside {name}": times["dense"], name: times[name], f"plain beside {name}": times["plain"]}
                 share = _after(made, encoded) / _after(subject, encoded)
-                this, dense = ([t.prefill - t.vision for t in times[who]] for who in (name, "dense"))
+                this, dense, plain = ([t.prefill - t.vision for t in times[who]] for who in (name, "dense", "plain"))
                 after, whole = ratio(this, dense), ratio([t.prefill for t in times[name]], [t.prefill for t in times["dense"]])
+                whole_layers = sum(n > few for n in running) / n_layers
+                kernels = ratio(
+                    [whole_layers * a + (1 - whole_layers) * b for a, b in zip(dense, plain, strict=True)],
+                    [share * ms for ms in dense],
+                )
                 found[name] = {
+                    "as_many_positions": {"value": kernels.value, **bounds(kernels)} if few < len(encoded.maps[0]) else None,
                     "flops_ratio": share, "time_ratio": after.value, **_held(this, [share * ms for ms in dense], PROMISED),
                     "whole_prefill_ratio": whole.value, "kv_exact": cached(made, encoded) == list(cost(made, encoded).kv_bytes),
                     "intervals": {"time_ratio": bounds(after), "whole_prefill_ratio": bounds(whole)},
                 }  # fmt: skip
     return found, records
+
+
+def worded(subject: Subject, encoded: Encoded, positions: int) -> Encoded:
+    """A prompt of so many positions without a picture, as far as words go; the prompt itself where that is as long."""
+    if positions >= len(encoded.maps[0]):
+        return encoded
+    asked = replace(encoded.examples[0], images=(), prompt="there")
+    return subject.encode(replace(asked, prompt=" ".join(["there"] * (1 + positions - len(subject.encode(asked).maps[0])))))
 
 
 def _after(subject: Subject, encoded: Encoded) -> float:
@@ -242,7 +265,11 @@ def _table(summary: Mapping[str, Any]) -> str:
     for name, row in summary["promised"].items():
         told = f"{row['value']:.3f} {_between(row, '.3f')}"
         exact = "caches as the formula" if row["kv_exact"] else "CACHES DIFFER FROM THE FORMULA"
-        lines.append(f"{name:<28}{row['flops_ratio']:>8.3f}{row['time_ratio']:>8.3f}{told:>28}   {row['verdict']}; {exact}")
+        plain = row["as_many_positions"]
+        alone = f"; {plain['value']:.3f} {_between(plain, '.3f')} for as many positions alone" if plain else ""
+        lines.append(
+            f"{name:<28}{row['flops_ratio']:>8.3f}{row['time_ratio']:>8.3f}{told:>28}   {row['verdict']}; {exact}{alone}"
+        )
     lines += ["", f"{'choosing':<28}{'share of the dense reading':>44}   goal 5 %"]
     for name, row in _dearest(summary):
         told = f"{row['value']:.2%} {_between(row, '.2%')}"
@@ -260,5 +287,6 @@ def _report(summary: Mapping[str, Any]) -> str:
     return (
         f"# Compressing\n\n*Does compression save the time that its FLOPs promise, and what does choosing cost?*\n\n{said} Medians of ratios within a "
         f"round, all models taking turns in one process, with intervals by order statistics. Compared is what comes after the vision tower, choosing "
-        f"included. A goal is met where the whole interval keeps it, missed where none of it does.\n\n![ratios](figures/{FIGURE}.png)\n\n```\n{_table(summary)}\n```\n"
+        f"included. A goal is met where the whole interval keeps it, missed where none of it does. What the dense model takes for a prompt of words with as many "
+        f"positions in each layer stands beside it: what is above the promise there is that of kernels and fixed costs, and no reducer can go below it.\n\n![ratios](figures/{FIGURE}.png)\n\n```\n{_table(summary)}\n```\n"
     )

@@ -134,7 +134,7 @@ def eager_forward(subject: Subject, encoded: Encoded, output: str) -> Any:
 
 def interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.device, quiet: bool) -> dict[str, list[float]]:
     """Seconds of each round, the candidates taking turns, after one warm-up round."""
-    _keep_what_is_freed()
+    keep_what_is_freed()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     with progress(", ".join(timed), rounds + 1, quiet, "rounds") as advance:
         for turn in range(rounds + 1):
@@ -149,7 +149,7 @@ def interleaved(timed: dict[str, Callable[[], Any]], rounds: int, device: torch.
     return seconds
 
 
-def _keep_what_is_freed() -> None:
+def keep_what_is_freed() -> None:
     """Tells glibc to keep memory for the next pass instead of handing it back.
 
     Handed back, its pages are faulted in anew in the next pass, or not, as it happens to lie on the heap: a sixth of a pass on a CPU, which fell

@@ -32,6 +32,8 @@ class Prompt:
     columns_at: list[Tensor] = field(default_factory=list)
     next_at: list[Tensor] = field(default_factory=list)
     hidden_at: list[Tensor] = field(default_factory=list)
+    simulates: bool = False  # something is hidden
+    changed: bool = True  # since the last layer that was entered
     stood: tuple[Tensor, Tensor] | None = None  # `now`, and where it stands among what entered the decoder
 
     @classmethod
@@ -51,10 +53,6 @@ class Prompt:
     @property
     def length(self) -> int:
         return self.real.shape[1]
-
-    @property
-    def simulates(self) -> bool:
-        return bool(self.hidden.any())
 
     def standing(self) -> masks.Index:
         """Where what is left stands among what entered the decoder; found once for all layers that hold the same."""
@@ -88,22 +86,30 @@ class Prompt:
         for row in range(len(keep)):
             at = torch.nonzero(kept[row])[:, 0]
             ids[:, row, at] = moved(policy, self.ids[:, row, at], places[row, at])
-        self.ids = ids
+        self.ids, self.changed = ids, True
 
     def hide(self, keep: Bool[Tensor, "batch place"]) -> None:
         """What is not kept stays, and nobody looks at it."""
+        self.changed = True
         for row in range(len(keep)):
-            self.hidden[row, self.now[row][(self.now[row] >= 0) & ~keep[row]]] = True
+            gone = self.now[row][(self.now[row] >= 0) & ~keep[row]]
+            self.hidden[row, gone] = True
+            self.simulates = self.simulates or len(gone) > 0
 
     def drop(self, keep: Bool[Tensor, "batch place"], state: Tensor) -> Tensor:
         """What is not kept goes; the states of the rest."""
-        order = masks.left_over(keep)
+        order, self.changed = masks.left_over(keep), True
         self.now = masks.follow(self.now, order)
         self.ids = torch.stack([masks.follow(axis, order, 0) for axis in self.ids])
         return masks.gathered(state, order)
 
     def enter_layer(self) -> None:
-        """Notes what the next layer's cache will hold."""
+        """Notes what the next layer's cache will hold: where nothing was dropped, what the last one's does."""
+        if not self.changed:
+            for noted in (self.columns_at, self.hidden_at, self.next_at):
+                noted.append(noted[-1])
+            return
+        self.changed = False
         left = masks.picked(self.real & ~self.hidden, self.now)
         self.columns_at.append(self.now)
         self.hidden_at.append(masks.picked(self.hidden, self.now))

@@ -1,9 +1,11 @@
 """The study of compression's speed, at toy size: what it says, not how fast it is."""
 
 import pytest
+import torch
 
 from compress.passes import METHODS
-from studies.compressing import _held
+from studies.compressing import _held, worded
+from studies.speed_model import example, llava_shaped
 from tests.studies import command
 
 
@@ -19,11 +21,13 @@ def test_every_promise_and_every_reducer_is_measured(found):
     folder, said = found
     assert said["n"] == 2
     assert list(said["promised"]) == ["fastv 0.25 at 1", "divprune 0.25", "without 1 layers", "width 0.5"]
-    for row in said["promised"].values():
+    for name, row in said["promised"].items():
         assert row["kv_exact"]
         assert 0 < row["flops_ratio"] < 1
         assert row["value"] > 0
         assert row["goal"] == 1.15
+        assert (row["as_many_positions"] is None) == (name not in ("fastv 0.25 at 1", "divprune 0.25"))
+        assert row["as_many_positions"] is None or row["as_many_positions"]["value"] > 0
         assert all(row["intervals"][name] == {"low": None, "high": None} for name in ("time_ratio", "whole_prefill_ratio"))
     assert said["promised"]["without 1 layers"]["flops_ratio"] == pytest.approx(0.5, abs=0.05)
     assert set(said["choosing"]) == set(METHODS)
@@ -33,6 +37,16 @@ def test_every_promise_and_every_reducer_is_measured(found):
     assert "DIFFER" not in report
     assert "![ratios](figures/ratios.png)" in report
     assert (folder / "figures/ratios.png").is_file()
+
+
+def test_a_prompt_of_words_is_as_long_as_asked():
+    subject = llava_shaped(1, 16, 1, 1, 16, 600, 4, torch.device("cpu"), torch.float32, 0)
+    encoded = subject.encode(example(4, 4))
+    made = worded(subject, encoded, len(encoded.maps[0]) - 5)
+    assert len(made.maps[0]) == len(encoded.maps[0]) - 5
+    assert not len(made.maps[0].positions("image"))
+    assert set(made.inputs) == {"input_ids", "attention_mask"}
+    assert worded(subject, encoded, len(encoded.maps[0])) is encoded
 
 
 def test_a_goal_is_met_missed_or_within_noise():
