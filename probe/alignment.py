@@ -81,11 +81,8 @@ class Anchors:
         """The examples of these readers for anchors, as they were read: nothing is read again. Token by token stay those that already are."""
         if [reader.example.id for reader in readers[: len(self.ids)]] != self.ids:
             raise ValueError("the anchors that are known token by token come first")
-        means: dict[str, dict[int, list[Tensor]]] = {}
-        for reader in readers:
-            for site, states in reader.means[1].items():
-                for layer, state in states.items():
-                    means.setdefault(site, {}).setdefault(layer, []).append(state)
+        words = [reader.means[1] for reader in readers]
+        means = {site: {layer: [one[site][layer] for one in words] for layer in states} for site, states in words[0].items()}
         return Anchors([reader.example.id for reader in readers], _units(_together(means)), self.tokens)
 
 

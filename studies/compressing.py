@@ -141,36 +141,37 @@ def _promised(
     with progress("reading the prompt", len(every) * (rounds + 2), quiet, "rounds") as advance:
         for name, one in every.items():
             with smaller(subject, one) as made:
-                running = [int(layer.queries) for layer in cost(made, encoded).ran]
-                few = min(running) if len(running) == n_layers else len(encoded.maps[0])
-                compared = {
-                    "dense": (subject, [encoded]),
-                    name: (made, [encoded]),
-                    "plain": (subject, [worded(subject, encoded, few)]),
-                }
-                times = take_turns(compared, rounds, 1, advance=advance)
-                records |= {f"dense beside {name}": times["dense"], name: times[name], f"plain beside {name}": times["plain"]}
-                share = _after(made, encoded) / _after(subject, encoded)
-                this, dense, plain = ([t.prefill - t.vision for t in times[who]] for who in (name, "dense", "plain"))
-                after, whole = ratio(this, dense), ratio([t.prefill for t in times[name]], [t.prefill for t in times["dense"]])
-                whole_layers = sum(n > few for n in running) / n_layers
-                kernels = ratio(
-                    [whole_layers * a + (1 - whole_layers) * b for a, b in zip(dense, plain, strict=True)],
-                    [share * ms for ms in dense],
+                running, n = [int(layer.queries) for layer in cost(made, encoded).ran], len(encoded.maps[0])
+                plain = {"plain": (subject, [worded(subject, encoded, min(running))])} if min(running) < n else {}
+                times = take_turns(
+                    {"dense": (subject, [encoded]), name: (made, [encoded]), **plain}, rounds, 1, advance=advance
                 )
+                records |= {name if who == name else f"{who} beside {name}": series for who, series in times.items()}
+                share = _after(made, encoded) / _after(subject, encoded)
+                after_tower = {who: [t.prefill - t.vision for t in series] for who, series in times.items()}
+                this, dense = after_tower[name], after_tower["dense"]
+                promise = [share * ms for ms in dense]
+                after, whole = ratio(this, dense), ratio([t.prefill for t in times[name]], [t.prefill for t in times["dense"]])
                 found[name] = {
-                    "as_many_positions": {"value": kernels.value, **bounds(kernels)} if few < len(encoded.maps[0]) else None,
-                    "flops_ratio": share, "time_ratio": after.value, **_held(this, [share * ms for ms in dense], PROMISED),
+                    "as_many_positions": _alone(running, n, dense, after_tower["plain"], promise) if plain else None,
+                    "flops_ratio": share, "time_ratio": after.value, **_held(this, promise, PROMISED),
                     "whole_prefill_ratio": whole.value, "kv_exact": cached(made, encoded) == list(cost(made, encoded).kv_bytes),
                     "intervals": {"time_ratio": bounds(after), "whole_prefill_ratio": bounds(whole)},
                 }  # fmt: skip
     return found, records
 
 
+def _alone(running: list[int], n: int, dense: list[float], few: list[float], promise: list[float]) -> dict[str, Any]:
+    """What as many positions in each layer take by themselves over what is promised: layers that read all `n` of them as in the dense model, the
+    others as in a shorter prompt's pass (`few`).
+    """
+    all_run = running.count(n) / len(running)
+    found = ratio([all_run * d + (1 - all_run) * f for d, f in zip(dense, few, strict=True)], promise)
+    return {"value": found.value, **bounds(found)}
+
+
 def worded(subject: Subject, encoded: Encoded, positions: int) -> Encoded:
-    """A prompt of so many positions without a picture, as far as words go; the prompt itself where that is as long."""
-    if positions >= len(encoded.maps[0]):
-        return encoded
+    """A prompt of so many positions without a picture."""
     asked = replace(encoded.examples[0], images=(), prompt="there")
     return subject.encode(replace(asked, prompt=" ".join(["there"] * (1 + positions - len(subject.encode(asked).maps[0])))))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.passes import METHODS
-from studies.compressing import _held, worded
+from studies.compressing import _alone, _held, worded
 from studies.speed_model import example, llava_shaped
 from tests.studies import command
 
@@ -46,7 +46,11 @@ def test_a_prompt_of_words_is_as_long_as_asked():
     assert len(made.maps[0]) == len(encoded.maps[0]) - 5
     assert not len(made.maps[0].positions("image"))
     assert set(made.inputs) == {"input_ids", "attention_mask"}
-    assert worded(subject, encoded, len(encoded.maps[0])) is encoded
+
+
+def test_layers_that_read_everything_take_what_the_dense_ones_take():
+    """Two layers of four read all: half of 10 and half of 6, over 5."""
+    assert _alone([4, 4, 2, 2], 4, [10.0] * 3, [6.0] * 3, [5.0] * 3) == {"value": 1.6, "low": None, "high": None}
 
 
 def test_a_goal_is_met_missed_or_within_noise():
